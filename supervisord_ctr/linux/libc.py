@@ -1,0 +1,124 @@
+"""The loaded C library: every foreign function the project calls, with its types stated once.
+
+Owns the translation from "-1 and errno" to `OSError`. Knows nothing of what the calls are for:
+`mounts`, `namespaces`, `processes`, `cgroups` and `files` give them meaning.
+
+System calls that the C library may lack go through `syscall`; their numbers above 424 are the same
+on every architecture (Linux 5.1 and later, `scripts/syscall.tbl`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
+SYS_FSOPEN = 430
+SYS_FSCONFIG = 431
+SYS_FSMOUNT = 432
+SYS_OPENAT2 = 437
+SYS_MOUNT_SETATTR = 442
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_NO_AUTOMOUNT = 0x800
+
+#: openat2(2): how a path may be resolved.
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+_char_p, _int, _ulong, _void_p = ctypes.c_char_p, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p
+
+libc.mount.argtypes = (_char_p, _char_p, _char_p, _ulong, _void_p)
+libc.umount2.argtypes = (_char_p, _int)
+libc.unshare.argtypes = (_int,)
+libc.setns.argtypes = (_int, _int)
+libc.prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
+libc.eventfd.argtypes = (ctypes.c_uint, _int)
+libc.syscall.restype = ctypes.c_long
+
+
+def failure(path: str | os.PathLike[str] | None = None, path2: str | None = None) -> OSError:
+    """The `OSError` for the errno of the call that just failed on this thread."""
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code), os.fspath(path) if path is not None else None, None, path2)
+
+
+def check(result: int, path: str | os.PathLike[str] | None = None) -> int:
+    """Return `result`, or raise the `OSError` of the failed call when it is -1."""
+    if result == -1:
+        raise failure(path)
+    return result
+
+
+def syscall(number: int, *arguments: Any, path: str | os.PathLike[str] | None = None) -> int:
+    """A raw system call; integers are passed as C longs, everything else as ctypes knows it."""
+    converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return check(int(libc.syscall(ctypes.c_long(number), *converted)), path)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(dir_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2): a descriptor, close-on-exec. `mode` counts only with O_CREAT or O_TMPFILE.
+
+    EAGAIN (a rename raced with a `..`, see the manual page) is tried again.
+    """
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    name = os.fsencode(path)
+    for attempt in range(64):
+        try:
+            return syscall(SYS_OPENAT2, dir_fd, name, ctypes.byref(how), ctypes.sizeof(how), path=os.fsdecode(path))
+        except BlockingIOError:
+            if attempt == 63:
+                raise
+    raise AssertionError("unreachable")
+
+
+def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
+    """mount(2)."""
+    check(libc.mount(
+        None if source is None else os.fsencode(source), os.fsencode(target),
+        None if fstype is None else fstype.encode(), flags, None if data is None else os.fsencode(data),
+    ), target)
+
+
+def umount2(target: str, flags: int) -> None:
+    """umount2(2)."""
+    check(libc.umount2(os.fsencode(target), flags), target)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): of the calling thread only."""
+    check(libc.unshare(flags))
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """setns(2): of the calling thread only."""
+    check(libc.setns(fd, kind))
+
+
+def prctl(option: int, second: int = 0, third: int = 0, fourth: int = 0, fifth: int = 0) -> int:
+    """prctl(2) with integer arguments."""
+    return check(libc.prctl(option, second, third, fourth, fifth))
+
+
+def prctl_pointer(option: int, pointer: Any) -> int:
+    """prctl(2) whose second argument is an address."""
+    return prctl(option, ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+
+def eventfd(initial: int = 0, flags: int = 0) -> int:
+    """eventfd(2)."""
+    return check(libc.eventfd(initial, flags))
