@@ -1,0 +1,1 @@
+"""What several test suites share: daemons as processes, images, registries, leak checks."""
