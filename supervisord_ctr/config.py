@@ -162,13 +162,13 @@ def toml_text(value: Any) -> str:
 
 def render(config: Config) -> str:
     """The whole configuration as TOML, each line with its origin and meaning as a comment."""
+    tables: dict[str, list[Value]] = {"": []}
+    for entry in config.values():
+        tables.setdefault(entry.key.rpartition(".")[0], []).append(entry)
     lines: list[str] = []
-    section = ""
-    values = config.values()
-    for entry in [value for value in values if "." not in value.key] + [value for value in values if "." in value.key]:
-        table, _, name = entry.key.rpartition(".")
-        if table != section:
-            section = table
-            lines += ["", f"[{table}]"]
-        lines.append(f"{name} = {toml_text(entry.value)}  # {entry.origin}: {entry.help}")
+    for table, entries in tables.items():
+        lines += ["", f"[{table}]"] if table else []
+        for entry in entries:
+            name = entry.key.rpartition(".")[2]
+            lines.append(f"{name} = {toml_text(entry.value)}  # {entry.origin}: {entry.help}")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,89 @@
+"""What surrounds the daemon's work: its folders, the lock on them, signals and systemd.
+
+Owns being the only daemon on a root, and telling the outside when it is ready and when it stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import sdnotify
+
+from supervisord_ctr.errors import FailedPrecondition, from_os_error
+
+
+def make_private_folder(path: Path, mode: int = 0o700) -> None:
+    """Make `path` owned by root with `mode`; one that exists is tightened (S12).
+
+    Raises the translated `OSError`, and `FailedPrecondition` when something else has that name.
+    """
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        os.chmod(path, mode)
+        os.chown(path, 0, 0)
+    except (FileExistsError, NotADirectoryError):
+        raise FailedPrecondition(f"{path} exists and is not a directory", kind="folder", key=str(path)) from None
+    except OSError as error:
+        raise from_os_error(error, "cannot make folder") from error
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Be the only daemon on `root`.
+
+    The lock belongs to the open file, so that the kernel drops it however its holder ends: a file
+    left by a killed daemon stops nobody. Raises `FailedPrecondition` that names the holder.
+    """
+    path = root / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise FailedPrecondition(
+                f"another daemon (pid {holder}) runs on {root}: stop it, or choose another --root", kind="root",
+                key=str(root),
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Notifier:
+    """`sd_notify`: does nothing where no service manager listens."""
+
+    def __init__(self) -> None:
+        self._notifier = sdnotify.SystemdNotifier()
+
+    def ready(self, address: Path) -> None:
+        """Clients can connect."""
+        self._notifier.notify(f"READY=1\nSTATUS=listening on {address}\nMAINPID={os.getpid()}")
+
+    def stopping(self) -> None:
+        """The graceful stop began; containers run on."""
+        self._notifier.notify("STOPPING=1\nSTATUS=stopping; containers keep running")
+
+
+@contextlib.contextmanager
+def stop_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Set `stop` on SIGTERM and SIGINT; SIGUSR1 writes every thread's stack to standard error."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    try:
+        yield
+    finally:
+        faulthandler.unregister(signal.SIGUSR1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

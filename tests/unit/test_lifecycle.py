@@ -1,0 +1,58 @@
+"""Folders, the lock and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from supervisord_ctr import lifecycle
+from supervisord_ctr.errors import FailedPrecondition
+
+
+def test_s12_an_open_folder_is_tightened(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    lifecycle.make_private_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    with pytest.raises(FailedPrecondition, match="not a directory"):
+        lifecycle.make_private_folder(tmp_path / "state")
+
+
+def test_the_second_daemon_on_a_root_is_told_who_holds_it(tmp_path: Path) -> None:
+    with lifecycle.exclusive(tmp_path):
+        with pytest.raises(FailedPrecondition, match=f"pid {os.getpid()}"):
+            with lifecycle.exclusive(tmp_path):
+                raise AssertionError("two holders")
+    with lifecycle.exclusive(tmp_path):
+        pass
+
+
+def test_a_lock_left_by_a_killed_daemon_stops_nobody(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom supervisord_ctr.lifecycle import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "lock").exists()
+    with lifecycle.exclusive(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signals_begin_the_graceful_stop(number: signal.Signals) -> None:
+    stop = asyncio.Event()
+    with lifecycle.stop_signals(stop):
+        os.kill(os.getpid(), number)
+        async with asyncio.timeout(10):
+            await stop.wait()
