@@ -1,50 +1,224 @@
-"""One ingest being written (see the package for what it owns)."""
+"""One ingest being written: bytes to disk and into the hash, then a rename that makes it a blob."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from supervisord_ctr import faults
+from supervisord_ctr.errors import AlreadyExists, FailedPrecondition, NotFound, OutOfRange, from_os_error
 from supervisord_ctr.model import IngestStatus
+from supervisord_ctr.names import check_digest
+
+if TYPE_CHECKING:
+    from supervisord_ctr.content.local import LocalContent
+
+log = logging.getLogger(__name__)
+
+#: Digest algorithms that blobs may have (OCI image specification, descriptor.md).
+ALGORITHMS = ("sha256", "sha384", "sha512")
+_CHUNK = 1 << 20
+
+CREATED = faults.declare("content.ingest.created", "the folder of an ingest exists, its files do not yet")
+SYNCED = faults.declare("content.commit.synced", "the data of an ingest are on disk, the blob has no name yet")
+RENAMED = faults.declare("content.commit.renamed", "the blob has its name, the ingest's folder still exists")
 
 
 class IngestWriter:
     """Appends to an ingest and commits it as a blob. One thread at a time.
 
-    A context manager: leaving it closes (the bytes stay for a later resume), it never aborts.
+    Made by `LocalContent.writer`. A context manager: leaving it closes (the bytes stay for a later
+    resume), it never aborts. After an error of `write`, `offset` still says exactly what is on disk
+    and in the hash, so that the caller may go on from there.
     """
 
-    ref: str
-    offset: int
-    total: int
+    def __init__(self, store: LocalContent, ref: str, *, total: int, algorithm: str) -> None:
+        self._store = store
+        self._path = store.ingest_path(ref)
+        self.ref = ref
+        self.total = total
+        self.offset = 0
+        self._algorithm = algorithm if algorithm in ALGORITHMS else "sha256"
+        self._hash = hashlib.new(self._algorithm)
+        self._fd = -1
+        self._digest = ""
+        if not self._resume():
+            self._begin()
+
+    def _resume(self) -> bool:
+        status = read_ingest_status(self._path)
+        if status is None or status.ref != self.ref or (self.total and status.total and self.total != status.total):
+            return False
+        self.total = status.total or self.total
+        self._started = status.started_at
+        self._updated = status.updated_at
+        self._fd = os.open(self._path / "data", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            while piece := os.read(self._fd, _CHUNK):
+                self._hash.update(piece)
+                self.offset += len(piece)
+        except OSError:
+            os.close(self._fd)
+            raise
+        return True
+
+    def _begin(self) -> None:
+        self._started = self._updated = time.time()
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._path)
+        self._path.mkdir(mode=0o700)
+        faults.point(CREATED)
+        for name, text in (
+            ("ref", self.ref),
+            ("startedat", _rfc3339(self._started)),
+            ("updatedat", _rfc3339(self._started)),
+            *((("total", str(self.total)),) if self.total else ()),
+        ):
+            (self._path / name).write_text(text)
+        self._fd = os.open(self._path / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def _open_fd(self) -> int:
+        if self._fd < 0:
+            raise FailedPrecondition(f"ingest {self.ref}: the writer is closed", kind="ingest", key=self.ref)
+        return self._fd
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append all of `data` and hash it; returns its length. ResourceExhausted when the disk is full."""
-        raise NotImplementedError
+        fd = self._open_fd()
+        view = memoryview(data)
+        length = len(view)
+        while view:
+            try:
+                count = os.write(fd, view)
+            except OSError as error:
+                raise from_os_error(error, f"write ingest {self.ref} at {self.offset} in {self._path}") from error
+            self._hash.update(view[:count])
+            self.offset += count
+            view = view[count:]
+        self._updated = time.time()
+        return length
 
     def truncate(self, size: int) -> None:
         """Go back to `size` bytes (at most `offset`); the hash is computed again from the start."""
-        raise NotImplementedError
+        fd = self._open_fd()
+        if not 0 <= size <= self.offset:
+            raise OutOfRange(f"ingest {self.ref}: cannot truncate {self.offset} bytes to {size}", key=self.ref)
+        os.ftruncate(fd, size)
+        os.lseek(fd, 0, os.SEEK_SET)
+        self._hash = hashlib.new(self._algorithm)
+        self.offset = 0
+        while piece := os.read(fd, _CHUNK):
+            self._hash.update(piece)
+            self.offset += len(piece)
 
     def digest(self) -> str:
-        """The digest of what was written so far."""
-        raise NotImplementedError
+        """The digest of what was written so far; after `commit` that of the blob."""
+        return self._digest or f"{self._algorithm}:{self._hash.hexdigest()}"
+
+    def presync(self) -> None:
+        """Push the data to disk ahead of `commit`, which then has little left to do."""
+        if self._store.sync:
+            os.fdatasync(self._open_fd())
 
     def commit(self, size: int = 0, expected: str = "") -> str:
-        """Make the ingest a blob, durably, and return its digest; the writer is closed then.
+        """Make the ingest a blob, durably, and return its digest; the writer is closed then, also after an error.
 
         FailedPrecondition when `size` (not 0) or `expected` (not empty) differ from what was written;
-        AlreadyExists when the blob exists: the ingest is gone then, and the blob is good to use.
+        the ingest stays. AlreadyExists when the blob exists: the ingest is gone then, and the blob is
+        good to use.
         """
-        raise NotImplementedError
+        fd = self._open_fd()
+        try:
+            if size and size != self.offset:
+                raise FailedPrecondition(
+                    f"ingest {self.ref}: unexpected commit size {self.offset}, expected {size}", key=self.ref
+                )
+            digest = self._digest = self._settle_digest(expected)
+            os.fchmod(fd, 0o444)
+            if self._store.sync:
+                os.fsync(fd)
+            faults.point(SYNCED)
+            placed = self._store.place(self._path / "data", digest, self.offset)
+            faults.point(RENAMED)
+        except FileNotFoundError as error:
+            raise NotFound(f"ingest {self.ref}: aborted meanwhile", kind="ingest", key=self.ref) from error
+        except OSError as error:
+            raise from_os_error(error, f"commit ingest {self.ref}") from error
+        finally:
+            self._finish()
+        shutil.rmtree(self._path, ignore_errors=True)
+        if not placed:
+            raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
+        return digest
+
+    def _settle_digest(self, expected: str) -> str:
+        """The digest in the algorithm of `expected`, after comparing the two."""
+        if expected:
+            algorithm = check_digest(expected).partition(":")[0]
+            if algorithm != self._algorithm:
+                self._algorithm = algorithm
+                self.truncate(self.offset)
+        digest = f"{self._algorithm}:{self._hash.hexdigest()}"
+        if expected and digest != expected:
+            raise FailedPrecondition(
+                f"ingest {self.ref}: unexpected commit digest {digest}, expected {expected}", key=self.ref
+            )
+        return digest
 
     def status(self) -> IngestStatus:
         """How far it is."""
-        raise NotImplementedError
+        return IngestStatus(self.ref, self.offset, self.total, "", self._started, self._updated)
 
     def close(self) -> None:
         """Let go of `ref` and the file; the ingest stays on disk. Twice is fine."""
-        raise NotImplementedError
+        if self._fd < 0:
+            return
+        try:
+            with contextlib.suppress(OSError):
+                (self._path / "updatedat").write_text(_rfc3339(self._updated))
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+            self._store.release(self.ref)
 
     def __enter__(self) -> IngestWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def read_ingest_status(path: Path) -> IngestStatus | None:
+    """What the folder of an ingest says of itself; None when it is incomplete or gone."""
+    try:
+        found = os.stat(path / "data")
+        ref = (path / "ref").read_text()
+        started = _seconds((path / "startedat").read_text())
+        updated = _seconds((path / "updatedat").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    total = 0
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        total = int((path / "total").read_text())
+    # `updatedat` is written at the start and on close only; the file's own time is fresher between.
+    return IngestStatus(ref, found.st_size, total, "", started, max(updated, found.st_mtime))
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text.strip().replace("Z", "+00:00")).timestamp()

@@ -11,8 +11,8 @@ from supervisord_ctr.snapshots.interface import (
     CAPABILITY_REMAP_IDS,
     INHERITED_LABELS,
     Records,
-    Snapshotter,
     SnapshotRecord,
+    Snapshotter,
 )
 
 __all__ = ["CAPABILITY_REBASE", "CAPABILITY_REMAP_IDS", "INHERITED_LABELS", "Records", "SnapshotRecord", "Snapshotter"]
