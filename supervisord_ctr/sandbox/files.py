@@ -89,10 +89,10 @@ def mount_shm(files: PodFiles, size: int = SHM_SIZE, owner: int = 0) -> None:
     """Mount the pod's /dev/shm; nothing happens when it is mounted."""
     files.shm.mkdir(mode=0o700, exist_ok=True)
     if not mounts.is_mountpoint(files.shm):
-        options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={size}")
+        options = ["nosuid", "nodev", "noexec", "mode=1777", f"size={size}"]
         if owner:
-            options += (f"uid={owner}", f"gid={owner}")
-        mounts.mount_all([Mount("tmpfs", "shm", options)], files.shm)
+            options += [f"uid={owner}", f"gid={owner}"]
+        mounts.mount_all([Mount("tmpfs", "shm", tuple(options))], files.shm)
 
 
 def require_host_shm() -> None:

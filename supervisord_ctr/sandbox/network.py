@@ -30,7 +30,7 @@ DELETED = faults.declare("sandbox.network.deleted", "every plugin has detached, 
 class Records(Protocol):
     """Durable values by kind and ID (`metadata.Database.cri`)."""
 
-    async def put(self, kind: str, id: str, value: bytes) -> None:
+    async def put(self, kind: str, id: str, value: bytes) -> None:  # noqa: A002
         """Keep `value`; on disk when this returns."""
         ...
 
@@ -38,7 +38,7 @@ class Records(Protocol):
         """Every value of a kind."""
         ...
 
-    async def delete(self, kind: str, id: str) -> None:
+    async def delete(self, kind: str, id: str) -> None:  # noqa: A002
         """Forget a value; none there is no error."""
         ...
 
