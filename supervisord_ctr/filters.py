@@ -145,6 +145,9 @@ class _Parser:
     def _operator(self) -> str:
         self._skip_blanks()
         start = self.at
+        if self._peek() and self._peek() in _QUOTES:
+            self._quoted(alternative_quotes=True)
+            raise self._error(start, 'expected an operator ("=="|"!="|"~=")')
         found = _OPERATOR.match(self.text, self.at)
         if found is None:
             raise self._error(start, 'expected an operator ("=="|"!="|"~=")')
