@@ -13,9 +13,10 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, timestamp_pb2
@@ -39,6 +40,9 @@ LEASE_HEADER = "containerd-lease"
 _STATUS: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 Context = grpc.aio.ServicerContext
+
+#: Told of each call that ended: method, name of the status, seconds (None for streams).
+Observe: TypeAlias = Callable[[str, str, float | None], None]
 
 
 def header(context: Any, name: str) -> str:
@@ -101,32 +105,30 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     return grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}"
 
 
-@contextlib.asynccontextmanager
-async def _adapted(context: Any, method: str) -> AsyncIterator[None]:
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except asyncio.CancelledError as error:
+async def _fail(context: Any, method: str, error: BaseException) -> NoReturn:
+    """End the call with the status of `error`; re-raises what must pass through."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         if task is not None and task.cancelling():
-            raise
-        await context.abort(*status_of(error))
-    except Exception as error:
-        code, message = status_of(error)
-        if not isinstance(error, errors.Error):
-            log.exception("%s failed", method, exc_info=error)
-        elif log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: %s: %s", method, code.name, message)
-        # A status message travels in a header: bound it, since peers refuse headers over 8 KiB.
-        await context.abort(code, message[:4096])
+            raise error
+    code, message = status_of(error)
+    if not isinstance(error, errors.Error | asyncio.CancelledError):
+        log.error("%s failed", method, exc_info=error)
+    elif log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: %s: %s", method, code.name, message)
+    # A status message travels in a header: bound it, since peers refuse headers over 8 KiB.
+    await context.abort(code, message[:4096])
+    raise AssertionError("abort returned")
 
 
 class ErrorInterceptor(_Interceptor):
-    """Wraps each handler once, so that what it raises becomes a status."""
+    """Wraps each handler once, so that what it raises becomes a status, and its end is counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, observe: Observe | None = None) -> None:
         self._wrapped: dict[str, Any] = {}
+        self._observe = observe
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -137,20 +139,36 @@ class ErrorInterceptor(_Interceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            found = self._wrapped[method] = _wrap(handler, method)
+            found = self._wrapped[method] = _wrap(handler, method, self._observe)
         return found
 
 
-def _wrap(handler: Any, method: str) -> Any:
+def _code_name(context: Any, error: BaseException | None) -> str:
+    if error is None:
+        return "OK"
+    code = context.code()
+    return code.name if isinstance(code, grpc.StatusCode) else status_of(error)[0].name
+
+
+def _wrap(handler: Any, method: str, observe: Observe | None) -> Any:
     if handler.response_streaming:
         kind = "stream_stream" if handler.request_streaming else "unary_stream"
         inner = getattr(handler, kind)
 
         @functools.wraps(inner)
         async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
-            async with _adapted(context, method):
+            failure: BaseException | None = None
+            try:
                 async for item in inner(request, context):
                     yield item
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                failure = error
+                await _fail(context, method, error)
+            finally:
+                if observe is not None:
+                    observe(method, _code_name(context, failure), None)
 
         wrapped: Any = streaming
     else:
@@ -159,8 +177,16 @@ def _wrap(handler: Any, method: str) -> Any:
 
         @functools.wraps(inner)
         async def unary(request: Any, context: Any) -> Any:
-            async with _adapted(context, method):
+            started = time.monotonic()
+            failure: BaseException | None = None
+            try:
                 return await inner(request, context)
+            except BaseException as error:
+                failure = error
+                await _fail(context, method, error)
+            finally:
+                if observe is not None:
+                    observe(method, _code_name(context, failure), time.monotonic() - started)
 
         wrapped = unary
     make = getattr(grpc, f"{kind}_rpc_method_handler")
@@ -176,12 +202,12 @@ class RpcServer:
     """
 
     def __init__(self, address: Path, *, uid: int = 0, gid: int = 0, max_receive: int = 16 << 20,
-                 max_send: int = 16 << 20) -> None:
+                 max_send: int = 16 << 20, observe: Observe | None = None) -> None:
         self._address = address
         self._owner = (uid, gid)
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(observe)],
             options=[
                 ("grpc.max_receive_message_length", max_receive),
                 ("grpc.max_send_message_length", max_send),
