@@ -78,8 +78,8 @@ class Message:
         """Protobuf's wire format, fields in the order of their numbers."""
         result = bytearray()
         for number, (name, kind) in sorted(self.FIELDS.items()):
-            value = getattr(self, name)
-            if value is None or (not isinstance(value, Message) and not value):
+            value: Any = getattr(self, name)
+            if value is None or (not value and not hasattr(kind, "FIELDS")):
                 continue
             if kind is STRING:
                 result += _length_delimited(number, value.encode())
