@@ -44,6 +44,8 @@ libc.unshare.argtypes = (_int,)
 libc.setns.argtypes = (_int, _int)
 libc.prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
 libc.eventfd.argtypes = (ctypes.c_uint, _int)
+libc.inotify_init1.argtypes = (_int,)
+libc.inotify_add_watch.argtypes = (_int, _char_p, ctypes.c_uint32)
 libc.syscall.restype = ctypes.c_long
 
 
@@ -122,3 +124,13 @@ def prctl_pointer(option: int, pointer: Any) -> int:
 def eventfd(initial: int = 0, flags: int = 0) -> int:
     """eventfd(2)."""
     return check(libc.eventfd(initial, flags))
+
+
+def inotify_init() -> int:
+    """inotify_init1(2), close-on-exec and non-blocking."""
+    return check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """inotify_add_watch(2): the watch's descriptor."""
+    return check(libc.inotify_add_watch(fd, os.fsencode(path), mask), path)
