@@ -1,0 +1,263 @@
+"""A running SPDY session: the state machine of `spdy` joined to a connection, with streams to await.
+
+Owns each stream's inbox and its waiting writers. Serves both roles: the daemon and `pctr`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from supervisord_ctr.streaming import CHUNK, spdy
+from supervisord_ctr.streaming.inbox import Inbox
+from supervisord_ctr.streaming.spdy_wire import ResetStatus
+from supervisord_ctr.streaming.wire import Buffer, Carrier
+
+#: What a stream may hold unread: the window that we state, and where peers without windows are held back.
+WINDOW = 1 << 20
+#: A peer without windows that fills one stream stops all others. When nobody reads that stream for so
+#: long (seconds) while others wait, it is reset (P8, P9).
+STALL_TIMEOUT = 30.0
+
+
+class SpdyStream:
+    """One stream, both directions. Ends by `close` and the peer's end, or by a reset of either side."""
+
+    def __init__(self, session: SpdySession, stream_id: int, headers: Mapping[str, str]) -> None:
+        self._session = session
+        self.id = stream_id
+        #: Headers by lower-case name.
+        self.headers = headers
+        self.accepted = asyncio.Event()
+        self._window = asyncio.Event()
+        self._closed = False
+        self._reset: int | None = None
+        self.inbox = Inbox(
+            WINDOW,
+            on_full=lambda: session.hold(stream_id),
+            on_room=lambda: session.release(stream_id),
+            on_read=lambda size: session.consumed(self, size),
+        )
+        #: Time of the reader's last sign of life, on the loop's clock.
+        self.last_read = 0.0
+
+    @property
+    def was_reset(self) -> bool:
+        """Whether the stream ended by a reset, or with the connection."""
+        return self._reset is not None
+
+    async def read(self, limit: int = CHUNK) -> bytes:
+        """Some bytes, `b""` at the peer's end; `ConnectionResetError` after a reset or a lost connection."""
+        return await self.inbox.read(limit)
+
+    async def write(self, data: Buffer) -> None:
+        """Send all of `data` and wait until there is room for more; `BrokenPipeError` when closed or reset."""
+        view = memoryview(data)
+        while view:
+            await self._session.carrier.wait_room()
+            if self._closed or self._reset is not None:
+                raise BrokenPipeError(f"stream {self.id} is closed")
+            size = min(len(view), self._session.machine.sendable(self.id))
+            if size == 0:
+                self._window.clear()
+                await self._window.wait()
+                continue
+            self._session.machine.send_data(self.id, view[:size])
+            self._session.flush()
+            view = view[size:]
+
+    async def close(self) -> None:
+        """Send no more; the peer may go on. Harmless when repeated."""
+        if self._closed or self._reset is not None:
+            return
+        self._closed = True
+        self._window.set()
+        if self._session.machine.is_open(self.id):
+            self._session.machine.send_data(self.id, b"", fin=True)
+            self._session.flush()
+            self._session.forget_closed(self.id)
+
+    def reset(self, status: int = ResetStatus.CANCEL) -> None:
+        """End both directions at once; harmless when the stream is gone."""
+        if self._reset is None:
+            self._session.machine.reset(self.id, status)
+            self._session.flush()
+            self.drop(status)
+
+    def discard_input(self) -> None:
+        """Nobody will read: drop what is there and what comes."""
+        self.inbox.close()
+
+    def drop(self, status: int) -> None:
+        """The stream is gone in both directions (session use)."""
+        self._reset = status
+        self._window.set()
+        self.accepted.set()
+        self.inbox.fail(ConnectionResetError(f"stream {self.id} was reset"))
+        self._session.forget(self.id)
+
+    def window_opened(self) -> None:
+        """There may be room to send (session use)."""
+        self._window.set()
+
+
+class SpdySession:
+    """A session and its streams. `on_stream` is called for each stream that the peer opens."""
+
+    def __init__(
+        self, carrier: Carrier, *, client: bool, on_stream: Callable[[SpdyStream], None] | None = None
+    ) -> None:
+        self.carrier = carrier
+        self.machine = spdy.Session(client=client, window=WINDOW)
+        self._on_stream = on_stream
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[int, SpdyStream] = {}
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self.flush()
+
+    @property
+    def streams(self) -> int:
+        """How many streams are open."""
+        return len(self._streams)
+
+    async def open(self, headers: Mapping[str, str], *, timeout: float = 30.0) -> SpdyStream:
+        """Open a stream and wait until the peer accepts it; `ConnectionRefusedError` when it does not."""
+        stream = self.begin(headers)
+        async with asyncio.timeout(timeout):
+            await stream.accepted.wait()
+        if stream.was_reset:
+            raise ConnectionRefusedError(f"the peer refused stream {stream.id}")
+        return stream
+
+    def begin(self, headers: Mapping[str, str]) -> SpdyStream:
+        """Open a stream without waiting for the peer's word; what is written meanwhile goes out in order."""
+        if self.carrier.lost.is_set():
+            raise ConnectionResetError("the connection is gone")
+        stream = SpdyStream(self, self.machine.open_stream(headers), headers)
+        self._streams[stream.id] = stream
+        self.flush()
+        return stream
+
+    def accept(self, stream: SpdyStream) -> None:
+        """Accept a stream of the peer."""
+        if self.machine.is_open(stream.id):
+            self.machine.reply(stream.id)
+            self.flush()
+
+    async def ping(self) -> None:
+        """Wait for a sign of life; `ConnectionResetError` when the connection ends first."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        number = self.machine.ping()
+        self._pings[number] = waiter
+        self.flush()
+        try:
+            await waiter
+        finally:
+            self._pings.pop(number, None)
+
+    async def finish(self) -> None:
+        """Take no more, reset what is open, let everything sent arrive, close."""
+        for stream in list(self._streams.values()):
+            stream.reset()
+        self.machine.go_away()
+        self.flush()
+        await self.carrier.finish()
+
+    # -- for the connection ----------------------------------------------------------------------
+
+    def received(self, data: bytes) -> None:
+        """Bytes arrived."""
+        for event in self.machine.receive(data):
+            self._handle(event)
+        self.flush()
+
+    def connection_lost(self) -> None:
+        """The connection is gone: so is every stream."""
+        for stream in list(self._streams.values()):
+            stream.drop(ResetStatus.CANCEL)
+        for waiter in self._pings.values():
+            if not waiter.done():
+                waiter.set_exception(ConnectionResetError("the connection is gone"))
+
+    def _handle(self, event: spdy.Event) -> None:
+        match event:
+            case spdy.DataReceived(stream_id, data):
+                stream = self._streams.get(stream_id)
+                if stream is None or not stream.inbox.feed(data):
+                    self.machine.consumed(stream_id, len(data))
+            case spdy.StreamEnded(stream_id):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    stream.inbox.end()
+                    self.forget_closed(stream_id)
+            case spdy.StreamOpened(stream_id, headers):
+                self._opened(stream_id, headers)
+            case spdy.StreamReplied(stream_id, _):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    stream.accepted.set()
+            case spdy.StreamReset(stream_id, status):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    stream.drop(status)
+            case spdy.WindowOpened(stream_id):
+                for stream in [self._streams[stream_id]] if stream_id in self._streams else self._streams.values():
+                    stream.window_opened()
+            case spdy.PingAnswered(number):
+                waiter = self._pings.get(number)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(None)
+            case spdy.SessionFailed():
+                self.flush()
+                self.carrier.abort()
+
+    def _opened(self, stream_id: int, headers: dict[str, str]) -> None:
+        stream = SpdyStream(self, stream_id, headers)
+        self._streams[stream_id] = stream
+        if self._on_stream is None:
+            stream.reset(ResetStatus.REFUSED_STREAM)
+        else:
+            self._on_stream(stream)
+
+    # -- for the streams -------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Send what the machine has to say."""
+        output = self.machine.take_output()
+        if output:
+            self.carrier.send(output)
+
+    def consumed(self, stream: SpdyStream, size: int) -> None:
+        """A stream's reader took bytes."""
+        stream.last_read = self._loop.time()
+        self.machine.consumed(stream.id, size)
+        self.flush()
+
+    def hold(self, stream_id: int) -> None:
+        """A stream has too much unread: read no more of the connection."""
+        self.carrier.hold(stream_id)
+        self._loop.call_later(STALL_TIMEOUT, self._check_stalled, stream_id)
+
+    def _check_stalled(self, stream_id: int) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.inbox.full:
+            return
+        quiet = self._loop.time() - stream.last_read
+        if quiet >= STALL_TIMEOUT and self._bulk_streams() > 1:
+            stream.reset(ResetStatus.FLOW_CONTROL_ERROR)
+        else:
+            self._loop.call_later(max(STALL_TIMEOUT - quiet, 1.0), self._check_stalled, stream_id)
+
+    def _bulk_streams(self) -> int:
+        return sum(stream.headers.get("streamtype") == "data" for stream in self._streams.values())
+
+    def release(self, stream_id: int) -> None:
+        """There is room again."""
+        self.carrier.release(stream_id)
+
+    def forget(self, stream_id: int) -> None:
+        """The stream is gone."""
+        self._streams.pop(stream_id, None)
+        self.carrier.release(stream_id)
+
+    def forget_closed(self, stream_id: int) -> None:
+        """Drop the stream from the table if both directions are closed; what is unread stays readable."""
+        if not self.machine.is_open(stream_id):
+            self._streams.pop(stream_id, None)
