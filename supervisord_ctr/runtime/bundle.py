@@ -1,0 +1,199 @@
+"""Bundles: the folder of a task, `<state>/tasks/<namespace>/<id>`, and what stands in it.
+
+    config.json     the OCI spec, as the runtime reads it
+    rootfs/         where the shim mounts the root file system
+    work            link to `<root>/tasks/<namespace>/<id>`, which survives a reboot
+    bootstrap.json  how to reach the shim: {"version", "address", "protocol"}
+    address         the address alone, as shims of the v2 API read it
+    runtime.json    who serves it: a `Record`
+    shim-binary-path  the program of a foreign shim
+
+Nothing here is fsynced: after a power cut no task runs. Names with a leading dot are being removed.
+All calls block; callers use an executor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from supervisord_ctr import durable, errors, faults
+from supervisord_ctr.linux import mounts
+from supervisord_ctr.names import check_identifier
+
+_MADE = faults.declare("runtime.bundle.made", "the bundle's folders and config.json exist, no shim was asked for")
+_REMOVING = faults.declare("runtime.bundle.removing", "the task is gone from its shim, its bundle still exists")
+
+#: Fields of a container id that is the sandbox's, in the annotations of a spec.
+SANDBOX_ANNOTATION = "io.kubernetes.cri.sandbox-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Who serves a task; enough to find or clean up after it without the database.
+
+    `binary` is the program of a foreign shim, empty for ours. `pid` and `start_time` (field 22 of
+    /proc/PID/stat) name the process of our own shim. `group` is the id whose shim it is, the
+    sandbox's for containers of a pod. `oci_runtime` and `oci_root` are what the shim drives.
+    """
+
+    runtime: str
+    binary: str = ""
+    address: str = ""
+    protocol: str = "ttrpc"
+    version: int = 3
+    pid: int = 0
+    start_time: int = 0
+    group: str = ""
+    oci_runtime: str = ""
+    oci_root: str = ""
+    sandbox: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One bundle; making the value touches nothing."""
+
+    namespace: str
+    id: str
+    path: Path
+
+    @property
+    def rootfs(self) -> Path:
+        """Where the root file system is mounted."""
+        return self.path / "rootfs"
+
+    @classmethod
+    def create(
+        cls, state: Path, root: Path, namespace: str, container: str, spec: bytes | None, *, gid: int = 0,
+    ) -> Bundle:
+        """Make the folders and write the spec; `AlreadyExists` when there is one.
+
+        `gid` is the host's group of the container's root group in a user namespace: that group may
+        pass (0710), nobody else (0700, S12).
+        """
+        check_identifier(container, "task id")
+        check_identifier(namespace, "namespace")
+        bundle = cls(namespace, container, state / namespace / container)
+        work = root / namespace / container
+        try:
+            bundle.path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            try:
+                bundle.path.mkdir(mode=0o700)
+            except FileExistsError:
+                raise errors.AlreadyExists(
+                    f"task {container}: bundle {bundle.path} already exists", kind="task", key=container
+                ) from None
+            try:
+                if gid:
+                    os.chown(bundle.path, -1, gid)
+                    bundle.path.chmod(0o710)
+                bundle.rootfs.mkdir(mode=0o711)
+                work.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(work)
+                work.mkdir(mode=0o711)
+                os.symlink(work, bundle.path / "work")
+                if spec is not None:
+                    _write(bundle.path / "config.json", spec)
+            except BaseException:
+                bundle.delete()
+                raise
+        except OSError as error:
+            raise errors.from_os_error(error, f"make bundle of task {container}") from error
+        faults.point(_MADE)
+        return bundle
+
+    def write_record(self, record: Record) -> None:
+        """Write how to reach the shim; readers see all of it or none."""
+        bootstrap = {"version": record.version, "address": record.address, "protocol": record.protocol}
+        durable.write_atomic(self.path / "runtime.json", json.dumps(asdict(record)).encode(), sync=False)
+        _write(self.path / "bootstrap.json", json.dumps(bootstrap).encode())
+        if not (self.path / "address").exists():
+            _write(self.path / "address", record.address.encode())
+        if record.binary:
+            _write(self.path / "shim-binary-path", record.binary.encode())
+
+    def read_record(self) -> Record | None:
+        """What `write_record` wrote; None when it never came so far or is damaged."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "runtime.json").read_bytes())
+            known = {key: value for key, value in found.items() if key in Record.__dataclass_fields__}
+            return replace(Record(""), **known)
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def spec(self) -> dict[str, Any]:
+        """The spec in it, empty when there is none."""
+        try:
+            found = json.loads((self.path / "config.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def delete(self) -> None:
+        """Unmount the root file system and remove the folders; may be repeated after any failure."""
+        faults.point(_REMOVING)
+        work = ""
+        with contextlib.suppress(OSError):
+            work = os.readlink(self.path / "work")
+        try:
+            if self.path.exists():
+                mounts.unmount_all(self.rootfs)
+                _remove(self.path)
+            if work:
+                _remove(Path(work))
+        except OSError as error:
+            raise errors.from_os_error(error, f"remove bundle of task {self.id}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view):]
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    """Remove a tree so that nobody ever sees half of it under its own name."""
+    hidden = path.with_name(f".{path.name}")
+    with contextlib.suppress(FileNotFoundError):
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def find_all(state: Path) -> list[Bundle]:
+    """Every bundle below `state`; removals that were cut short are finished on the way."""
+    found: list[Bundle] = []
+    with contextlib.suppress(FileNotFoundError):
+        for namespace in sorted(os.scandir(state), key=lambda entry: entry.name):
+            if not namespace.is_dir(follow_symlinks=False) or namespace.name.startswith("."):
+                continue
+            for entry in sorted(os.scandir(namespace.path), key=lambda entry: entry.name):
+                if not entry.is_dir(follow_symlinks=False):
+                    continue
+                if entry.name.startswith("."):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    found.append(Bundle(namespace.name, entry.name, Path(entry.path)))
+    return found
+
+
+def sweep_work(state: Path, root: Path) -> None:
+    """Remove working folders without a bundle: those of before a reboot."""
+    with contextlib.suppress(FileNotFoundError):
+        for namespace in os.scandir(root):
+            if namespace.is_dir(follow_symlinks=False):
+                for entry in os.scandir(namespace.path):
+                    if not (state / namespace.name / entry.name).exists():
+                        shutil.rmtree(entry.path, ignore_errors=True)

@@ -1,0 +1,60 @@
+"""Events of shims: the ttrpc socket of the daemon where `containerd.services.events.ttrpc.v1` is served.
+
+A listener is told of each event before subscribers are, so that what an event tells is already
+true for who asks (P14).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from google.protobuf.empty_pb2 import Empty
+
+from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2
+from supervisord_ctr.model import Event, TypedValue
+from supervisord_ctr.runtime.connection import seconds
+from supervisord_ctr.ttrpc.server import Context, Method, Server, listen
+
+
+class Sink(Protocol):
+    """Where events go: `events.Exchange`."""
+
+    def forward(self, event: Event) -> None:
+        """Hand one on."""
+
+
+class EventServer:
+    """Serves the socket at `path` (mode 0600) from `start` until `close`."""
+
+    def __init__(self, path: Path, sink: Sink, listener: Callable[[Event], None] | None = None) -> None:
+        self.path = path
+        self._sink = sink
+        self._listener = listener
+        self._server = Server({
+            "containerd.services.events.ttrpc.v1.Events": {
+                "Forward": Method(events_pb2.ForwardRequest, self._forward),
+            },
+        })
+
+    async def start(self) -> None:
+        """Listen. `FileExistsError` when another daemon does."""
+        await self._server.serve(listen(str(self.path)))
+
+    async def _forward(self, request: Any, context: Context) -> Empty:
+        envelope = request.envelope
+        event = Event(
+            seconds(envelope.timestamp) or time.time(), envelope.namespace, envelope.topic,
+            TypedValue(envelope.event.type_url, envelope.event.value),
+        )
+        if self._listener is not None:
+            self._listener(event)
+        self._sink.forward(event)
+        return Empty()
+
+    async def close(self) -> None:
+        """Stop serving and remove the socket."""
+        await self._server.close()
+        self.path.unlink(missing_ok=True)
