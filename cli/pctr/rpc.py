@@ -84,7 +84,7 @@ def _percent_decode(text: str) -> str:
     return result.decode(errors="replace")
 
 
-class DaemonMissing(Exception):
+class DaemonMissing(errors.Unavailable):
     """Nothing answers on the socket; the message says how to start the daemon."""
 
 
@@ -212,6 +212,11 @@ class Client:
         if self._connection is None or self._connection.failure is not None:
             self._connection = Connection(_connect(self.address, self._start_hint))
         return self._connection
+
+    @property
+    def established(self) -> Connection | None:
+        """The connection when there is one that works; makes none."""
+        return self._connection if self._connection is not None and self._connection.failure is None else None
 
     def __enter__(self) -> Client:
         return self

@@ -1,0 +1,140 @@
+"""`pctr run`: create a container from an image, run it, pass its exit status through."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+
+from pctr import light
+from pctr.command import Command, Context, Failed, UsageError
+from pctr.create import Created, create_container, create_options, remove_container
+from pctr.process import Foreground
+from pctr.rpc import TASKS, Client
+from pctr.stdio import Fifos
+from supervisord_ctr import errors
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rm", action="store_true", help="remove the container when it has ended")
+    parser.add_argument("-d", "--detach", action="store_true", help="do not wait for it")
+    parser.add_argument("--pull", choices=("missing", "always", "never"), default="missing",
+                        help="when to pull the image first (default: missing)")
+    parser.add_argument("--log-uri", metavar="URI", help="where output goes: file:///path, binary:///path?key=value")
+    parser.add_argument("--null-io", action="store_true", help="throw output away")
+    parser.add_argument("--pid-file", metavar="FILE", help="write the process's id there")
+    parser.add_argument("--cidfile", metavar="FILE", help="write the container's id there")
+    parser.add_argument("--no-sig-proxy", action="store_true", help="do not forward signals")
+    create_options(parser)
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="IMAGE [ID [COMMAND …]]",
+                        help="image, id of the container (made up when not given) and what to run in it")
+
+
+def split_words(words: list[str]) -> tuple[str, str, list[str]]:
+    """Image, id and command of the positional words."""
+    if words and words[0] == "--":
+        words = words[1:]
+    if not words:
+        raise UsageError("which image? see 'pctr run --help'")
+    if len(words) > 1 and words[1].startswith("-"):
+        raise UsageError(f"option {words[1]!r} comes after the image: options come first, then IMAGE ID COMMAND")
+    return words[0], words[1] if len(words) > 1 else "", words[2:]
+
+
+def _delete_task(client: Client, container: str) -> None:
+    with contextlib.suppress(errors.NotFound):
+        client.unary(TASKS + "Delete", light.ProcessId(container_id=container), light.DeleteResponse)
+
+
+def _terminated(*_: object) -> None:
+    raise Failed("terminated before the container ran", 143)
+
+
+def _note(path: str | None, text: str) -> None:
+    if path:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+
+
+def run(context: Context) -> int:
+    """Run the container of the command line."""
+    args = context.args
+    reference, name, command = split_words(args.words)
+    if args.rm and args.detach:
+        raise UsageError("--rm and --detach do not go together")
+    if (args.log_uri or args.null_io) and (args.tty and not args.detach):
+        raise UsageError("--log-uri and --null-io leave no terminal to show; add --detach")
+    former = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        network = None
+        if args.net == "bridge":
+            from pctr import bridge
+
+            network = bridge.prepare(context)
+        created = create_container(context, reference, name, command)
+        _note(args.cidfile, created.id)
+        if network is not None:
+            network.watch(created.id)
+        return _run(context, created)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _run(context: Context, created: Created) -> int:
+    args, client = context.args, context.client
+    with contextlib.ExitStack() as undo:
+        if args.rm:
+            undo.callback(remove_container, client, created)
+        quiet = bool(args.log_uri or args.null_io)
+        with_input = bool(args.interactive or args.tty) and not quiet
+        fifos = None if quiet else Fifos(stdin=with_input, stderr=not args.tty)
+        if fifos is not None and not args.detach:
+            undo.callback(fifos.remove)
+        front = Foreground(client, created.id, has_terminal=args.tty)
+        undo.callback(front.close)
+        front.proxy_signals = not args.no_sig_proxy
+        if fifos is not None and not args.detach:
+            front.open_fifos(fifos)
+        request = light.CreateTaskRequest(
+            container_id=created.id, rootfs=created.mounts, terminal=args.tty,
+            stdin=fifos.stdin if fifos else "", stdout=fifos.stdout if fifos else args.log_uri or "",
+            stderr=(fifos.stderr if fifos else args.log_uri or "") if not args.tty else "",
+        )
+        try:
+            task = client.unary(TASKS + "Create", request, light.CreateTaskResponse)
+        except BaseException:
+            if fifos is not None:
+                fifos.remove()
+            raise
+        _note(args.pid_file, str(task.pid))
+        if args.detach:
+            _start_detached(client, created, fifos)
+            print(created.id)
+            return 0
+        undo.callback(_delete_task, client, created.id)
+
+        def start() -> None:
+            front.wait_for_exit()
+            client.unary(TASKS + "Start", light.ProcessId(container_id=created.id), light.StartResponse)
+
+        return front.relay(start)
+
+
+def _start_detached(client: Client, created: Created, fifos: Fifos | None) -> None:
+    try:
+        client.unary(TASKS + "Start", light.ProcessId(container_id=created.id), light.StartResponse)
+    except BaseException:
+        with contextlib.suppress(errors.Error):
+            _delete_task(client, created.id)
+        if fifos is not None:
+            fifos.remove()
+        raise
+
+
+COMMAND = Command(
+    "run", "create a container from an image and run it",
+    "pctr run --rm docker.io/library/busybox hello echo hello\n"
+    "pctr run -it --rm --memory 256m docker.io/library/busybox shell sh\n"
+    "pctr run -d --net host docker.io/library/nginx web",
+    _arguments, run,
+)
