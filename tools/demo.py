@@ -106,7 +106,8 @@ def free_port() -> int:
 def start(stack: ExitStack, command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """A server process that ends with `stack`."""
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   start_new_session=True)
 
     def end() -> None:
         process.terminate()
@@ -165,8 +166,8 @@ def main() -> None:
         port = free_port()
         (base / "registry.yml").write_text(REGISTRY_CONFIG.format(folder=base / "registry", port=port))
         registry = start(stack, ["docker-registry", "serve", str(base / "registry.yml")], base / "registry.log")
-        daemon = start(stack, [str(BIN / "supervisord-ctr"), "--root", str(base / "root"), "--state", str(base / "state"),
-                               "--address", str(base / "s.sock")], base / "daemon.log")
+        folders = ["--root", str(base / "root"), "--state", str(base / "state"), "--address", str(base / "s.sock")]
+        daemon = start(stack, [str(BIN / "supervisord-ctr"), *folders], base / "daemon.log")
         wait_connect(("127.0.0.1", port), registry, base / "registry.log")
         wait_connect(str(base / "s.sock"), daemon, base / "daemon.log")
         image = f"localhost:{port}/library/busybox:latest"
@@ -185,7 +186,8 @@ def main() -> None:
         tour("pctr", "task", "kill", "-s", "KILL", "sleeper", shown=False)
         tour("pctr", "task", "rm", "--force", "sleeper", shown=False)
         tour("pctr", "container", "rm", "sleeper", shown=False)
-        print(f"\npulled in {pulled:.2f} s, ran in {ran:.2f} s, everything in {time.monotonic() - started:.2f} s", flush=True)
+        whole = time.monotonic() - started
+        print(f"\npulled in {pulled:.2f} s, ran in {ran:.2f} s, everything in {whole:.2f} s", flush=True)
 
 
 if __name__ == "__main__":
