@@ -45,6 +45,9 @@ _CREATING = os.O_CREAT | getattr(os, "O_TMPFILE", 0o20200000)
 
 _SYS_OPENAT2 = 437  # the same on every architecture (syscalls added since Linux 5.1 share numbers)
 _FICLONE = 0x40049409
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_TOPDIR_FL = 0x00020000
 _AT_EMPTY_PATH = 0x1000
 _FOLLOWED_AT_MOST = 40  # like the kernel's MAXSYMLINKS
 
@@ -306,3 +309,25 @@ def sync_filesystem(fd: int) -> None:
 def start_writeback(fd: int, offset: int = 0, length: int = 0) -> None:
     """Ask the kernel to begin writing a range (0 is "to the end") without waiting; a hint, failures are ignored."""
     _libc.sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE)
+
+
+def spread_subdirectories(path: str | os.PathLike[str]) -> bool:
+    """Mark a directory as the top of unrelated hierarchies (chattr +T); False where the file system has no such mark.
+
+    ext4 then places each new subdirectory in a block group of its own choice instead of the parent's.
+    Without the mark, snapshots made after others were removed land among inodes that were "recently
+    deleted", and the kernel skips these one by one at every file creation: 1 ms for each file was
+    measured where 50 µs is normal (fs/ext4/ialloc.c, recently_deleted and find_group_orlov).
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = int.from_bytes(fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(8))[:4], "little")
+        if not flags & _FS_TOPDIR_FL:
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, (flags | _FS_TOPDIR_FL).to_bytes(8, "little"))
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True

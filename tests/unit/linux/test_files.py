@@ -122,3 +122,9 @@ def test_holes_are_punched(tmp_path: Path) -> None:
         files.punch_hole(handle.fileno(), 0, 1 << 19)
         assert os.pread(handle.fileno(), 4, 0) == b"\0\0\0\0"
         assert os.fstat(handle.fileno()).st_size == 1 << 20
+
+
+def test_marking_a_top_directory_is_harmless_everywhere(tmp_path: Path) -> None:
+    assert files.spread_subdirectories(tmp_path) in (True, False)
+    assert files.spread_subdirectories(tmp_path) in (True, False)
+    (tmp_path / "below").mkdir()
