@@ -29,8 +29,10 @@ from supervisord_ctr.names import check_identifier
 
 if TYPE_CHECKING:
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+    Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 else:
     _Interceptor = grpc.aio.ServerInterceptor
+    Context: TypeAlias = grpc.aio.ServicerContext
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,6 @@ LEASE_HEADER = "containerd-lease"
 
 _STATUS: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
-Context = grpc.aio.ServicerContext
 
 #: Told of each call that ended: method, name of the status, seconds (None for streams).
 Observe: TypeAlias = Callable[[str, str, float | None], None]

@@ -1,0 +1,57 @@
+"""containerd.services.containers.v1.Containers: container records.
+
+Thin: validation, field masks, filters and events are the metadata store's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from google.protobuf import empty_pb2
+
+from supervisord_ctr.api.services.containers.v1 import containers_pb2 as pb
+from supervisord_ctr.api.services.containers.v1 import containers_pb2_grpc
+from supervisord_ctr.metadata import Database
+from supervisord_ctr.rpc import Context, namespace_of
+from supervisord_ctr.services.convert import container_from_message, container_to_message
+
+
+class ContainersService(containers_pb2_grpc.ContainersServicer):
+    """Container records of a namespace."""
+
+    def __init__(self, database: Database) -> None:
+        self._containers = database.containers
+
+    async def Get(self, request: pb.GetContainerRequest, context: Context) -> pb.GetContainerResponse:
+        """NOT_FOUND."""
+        found = await self._containers.get(namespace_of(context), request.id)
+        return pb.GetContainerResponse(container=container_to_message(found))
+
+    async def List(self, request: pb.ListContainersRequest, context: Context) -> pb.ListContainersResponse:
+        """INVALID_ARGUMENT for a filter that does not parse."""
+        found = await self._containers.list(namespace_of(context), request.filters)
+        return pb.ListContainersResponse(containers=[container_to_message(item) for item in found])
+
+    async def ListStream(
+        self, request: pb.ListContainersRequest, context: Context
+    ) -> AsyncIterator[pb.ListContainerMessage]:
+        """As List, one record a message (P12)."""
+        for item in await self._containers.list(namespace_of(context), request.filters):
+            yield pb.ListContainerMessage(container=container_to_message(item))
+
+    async def Create(self, request: pb.CreateContainerRequest, context: Context) -> pb.CreateContainerResponse:
+        """ALREADY_EXISTS; INVALID_ARGUMENT for a record that containerd would refuse."""
+        made = await self._containers.create(namespace_of(context), container_from_message(request.container))
+        return pb.CreateContainerResponse(container=container_to_message(made))
+
+    async def Update(self, request: pb.UpdateContainerRequest, context: Context) -> pb.UpdateContainerResponse:
+        """Changes the fields of the mask, or all mutable ones without a mask."""
+        changed = await self._containers.update(
+            namespace_of(context), container_from_message(request.container), request.update_mask.paths
+        )
+        return pb.UpdateContainerResponse(container=container_to_message(changed))
+
+    async def Delete(self, request: pb.DeleteContainerRequest, context: Context) -> empty_pb2.Empty:
+        """NOT_FOUND. The snapshot stays until it is removed or collected."""
+        await self._containers.delete(namespace_of(context), request.id)
+        return empty_pb2.Empty()
