@@ -17,8 +17,9 @@ container's process itself: shims do.
 
 from __future__ import annotations
 
+from supervisord_ctr.runtime.sandboxes import Sandboxes
 from supervisord_ctr.runtime.tasks import Tasks
 from supervisord_ctr.runtime.values import ProcessInfo, RuntimeConfig, TaskMetric, TaskState
 from supervisord_ctr.runtime.zygote import Zygote
 
-__all__ = ["ProcessInfo", "RuntimeConfig", "TaskMetric", "TaskState", "Tasks", "Zygote"]
+__all__ = ["ProcessInfo", "RuntimeConfig", "Sandboxes", "TaskMetric", "TaskState", "Tasks", "Zygote"]

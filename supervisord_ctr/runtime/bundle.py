@@ -82,7 +82,7 @@ class Bundle:
         bundle = cls(namespace, container, state / namespace / container)
         work = root / namespace / container
         try:
-            bundle.path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            make_passable(bundle.path.parent)
             try:
                 bundle.path.mkdir(mode=0o700)
             except FileExistsError:
@@ -93,11 +93,11 @@ class Bundle:
                 if gid:
                     os.chown(bundle.path, -1, gid)
                     bundle.path.chmod(0o710)
-                bundle.rootfs.mkdir(mode=0o711)
-                work.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+                make_passable(bundle.rootfs)
+                make_passable(work.parent)
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(work)
-                work.mkdir(mode=0o711)
+                make_passable(work)
                 os.symlink(work, bundle.path / "work")
                 if spec is not None:
                     _write(bundle.path / "config.json", spec)
@@ -150,6 +150,18 @@ class Bundle:
                 _remove(Path(work))
         except OSError as error:
             raise errors.from_os_error(error, f"remove bundle of task {self.id}") from error
+
+
+def make_passable(folder: Path) -> None:
+    """Make a folder that others may pass but not list (0711), whatever the umask."""
+    try:
+        folder.mkdir(mode=0o711)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        make_passable(folder.parent)
+        folder.mkdir(mode=0o711)
+    folder.chmod(0o711)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -53,7 +53,8 @@ class ShimLogs:
             return
         for line in data.decode("utf-8", "replace").splitlines():
             if line.strip():
-                log.info("shim of %s/%s: %s", bundle.namespace, bundle.id, line)
+                level = logging.DEBUG if "level=info" in line or "level=debug" in line else logging.WARNING
+                log.log(level, "shim of %s/%s: %s", bundle.namespace, bundle.id, line)
 
     def close(self, bundle: Bundle) -> None:
         """Stop reading one pipe."""

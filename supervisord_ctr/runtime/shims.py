@@ -152,7 +152,7 @@ class Shims:
 
     def prepare(self) -> None:
         """Make the folder of sockets (blocking)."""
-        self.sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def __len__(self) -> int:
         return len(self._by_address)
@@ -349,15 +349,14 @@ class Shims:
         """A task is gone from `shim`: ask it to end when that was the last one, and hang up."""
         shim.tasks.discard(task)
         async with self._groups.hold((shim.namespace, shim.record.group)):
-            if shim.lost:
+            if shim.lost or shim.tasks:
                 return
             try:
                 await shim.service.shutdown(task, timeout=self._config.cleanup_timeout)
             except errors.Error as error:
                 log.warning("shim of task %s in %s does not shut down: %s", task, shim.namespace, error)
-            if not shim.tasks:
-                self._by_address.pop((shim.namespace, shim.record.address), None)
-                await shim.service.client.close()
+            self._by_address.pop((shim.namespace, shim.record.address), None)
+            await shim.service.client.close()
 
     def watch_log(self, bundle: Bundle, record: Record) -> None:
         """Read the log of a foreign shim again after a restart."""

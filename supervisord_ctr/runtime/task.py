@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from supervisord_ctr.model import Container, Event, Exit, Mount
@@ -57,6 +58,8 @@ class Task:
     pid: int = 0
     created: bool = False
     trouble: str = ""
+    #: The CRIU image that it is restored from.
+    checkpoint: Path | None = None
     exited: Exit | None = None
     buried: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -15,6 +15,7 @@ import builtins
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -30,11 +31,11 @@ from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.linux import processes
 from supervisord_ctr.model import Container, Event, Exit, Mount, TypedValue
 from supervisord_ctr.names import check_identifier
-from supervisord_ctr.oci import limits
 from supervisord_ctr.runtime import recovery
 from supervisord_ctr.runtime.attach import AttachConnection
-from supervisord_ctr.runtime.bundle import SANDBOX_ANNOTATION, Bundle, Record
+from supervisord_ctr.runtime.bundle import SANDBOX_ANNOTATION, Bundle, Record, make_passable
 from supervisord_ctr.runtime.forward import EventServer
+from supervisord_ctr.runtime.sandboxes import Sandboxes
 from supervisord_ctr.runtime.shims import UNKNOWN_EXIT, Launch, Shim, Shims, socket_path
 from supervisord_ctr.runtime.task import Events, Store, Streams, Task
 from supervisord_ctr.runtime.values import ProcessInfo, RuntimeConfig, TaskMetric, TaskState
@@ -60,11 +61,16 @@ class Tasks:
     def __init__(
         self, state_dir: Path, root_dir: Path, database: Store, exchange: Events, zygote: Zygote, executors: Executors,
         config: RuntimeConfig | None = None, *, address: str = "",
+        adjust_spec: Callable[[dict[str, Any]], Sequence[str]] | None = None,
     ) -> None:
+        """`address` is the daemon's gRPC socket, for foreign shims. `adjust_spec` changes a spec to what this
+        machine can do and returns a line for each change (`oci.limits.clamp`)."""
+        self._adjust_spec = adjust_spec
         self.config = config or RuntimeConfig()
         self._state = state_dir / "tasks"
         self._root = root_dir / "tasks"
-        self._base = state_dir
+        #: Folder for checkpoint images that are unpacked for a restore; a task's goes with the task.
+        self.scratch = state_dir / "checkpoints"
         self._database = database
         self._exchange = exchange
         self._executors = executors
@@ -77,6 +83,7 @@ class Tasks:
             state_dir, zygote, self.config, self._owner, grpc_address=address, events=str(events_path)
         )
         self.shims.on_lost = self._shim_lost
+        self.sandboxes = Sandboxes(self, state_dir, root_dir)
         self._event_server = EventServer(events_path, exchange, self._observe)
 
     # -- life of the room --------------------------------------------------------------------------
@@ -85,11 +92,14 @@ class Tasks:
         """Adopt what a former daemon left running, clean up after what died, and take events of shims."""
         await self._executors.run_io(self._prepare)
         await self._event_server.start()
+        await self.sandboxes.recover()
         await recovery.recover(self)
 
     def _prepare(self) -> None:
         for folder in (self._state, self._root):
-            folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+            make_passable(folder)
+        # Restores that did not come to their start are lost with the daemon; their images are input only.
+        shutil.rmtree(self.scratch, ignore_errors=True)
         self.shims.prepare()
 
     async def close(self) -> None:
@@ -145,7 +155,9 @@ class Tasks:
 
     def known_sockets(self) -> set[str]:
         """Socket paths of shims that some task needs."""
-        return {socket_path(task.record.address) for task in self._tasks.values() if task.record.address}
+        addresses = {task.record.address for task in self._tasks.values() if task.record.address}
+        addresses.update(shim.record.address for shim in self.shims.all())
+        return {socket_path(address) for address in addresses}
 
     # -- mutations ---------------------------------------------------------------------------------
 
@@ -198,7 +210,7 @@ class Tasks:
         if bundle.path.exists():
             # What a failed removal left: no task is known under this name, and we hold its lock.
             await self._executors.run_io(bundle.delete)
-        task = Task(bundle, Record(runtime), None)
+        task = Task(bundle, Record(runtime), None, checkpoint=checkpoint)
         self._tasks[namespace, container_id] = task
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._undo, task)
@@ -234,7 +246,7 @@ class Tasks:
         if not isinstance(spec, dict):
             raise errors.InvalidArgument(f"spec of container {container.id} is not an object")
         data = container.spec.value
-        notes = limits.clamp(spec)
+        notes = self._adjust_spec(spec) if self._adjust_spec is not None else ()
         if notes:
             log.info("container %s: %s", container.id, "; ".join(notes))
             data = json.dumps(spec, separators=(",", ":")).encode()
@@ -259,6 +271,8 @@ class Tasks:
     async def _forget(self, task: Task) -> None:
         """Drop a task and its bundle."""
         self.shims.forget_log(task.bundle)
+        if task.checkpoint is not None and task.checkpoint.parent == self.scratch:
+            await self._executors.run_io(shutil.rmtree, task.checkpoint, ignore_errors=True)
         try:
             await self._executors.run_io(task.bundle.delete)
         except errors.Error as error:
@@ -331,13 +345,24 @@ class Tasks:
     async def delete(self, namespace: str, container_id: str, exec_id: str = "") -> Exit:
         """Take a stopped process away; for the task itself shim, bundle and mounts go, too."""
         if exec_id:
-            _, shim = await self._get(namespace, container_id)
-            return await shielded(self._owner, shim.service.delete(container_id, exec_id), f"delete {exec_id}")
+            return await self.delete_exec(namespace, container_id, exec_id)
 
         async def work() -> Exit:
             return await self._delete(namespace, container_id)
 
         return await self._mutate((namespace, container_id), work)
+
+    async def delete_exec(self, namespace: str, container_id: str, exec_id: str) -> Exit:
+        """Take a stopped exec away."""
+        _, shim = await self._get(namespace, container_id)
+        if not exec_id:
+            # The shim would take this for the task itself; no process has an empty name.
+            raise errors.NotFound(f"task {container_id} has no process {exec_id!r}", kind="exec", key=exec_id)
+        return await shielded(self._owner, shim.service.delete(container_id, exec_id), f"delete {exec_id}")
+
+    async def require(self, namespace: str, container_id: str) -> None:
+        """NotFound when the container has no task."""
+        await self._get(namespace, container_id)
 
     async def _delete(self, namespace: str, container_id: str) -> Exit:
         task, shim = await self._get(namespace, container_id)

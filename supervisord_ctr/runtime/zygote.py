@@ -159,7 +159,7 @@ class Zygote:
             env = {**os.environ, **(self._env or {})}
             self._process = await asyncio.create_subprocess_exec(
                 *self._command, str(theirs.fileno()), stdin=DEVNULL, pass_fds=(theirs.fileno(),), env=env,
-                start_new_session=True,
+                start_new_session=True, umask=0o022,
             )
         except BaseException:
             ours.close()
