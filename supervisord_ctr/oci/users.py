@@ -77,10 +77,13 @@ def _read(root_fd: int, path: str) -> str | None:
         return None
     except OSError as error:
         raise InvalidArgument(f"cannot open /{path} of the image: {error.strerror}", kind="file", key=path) from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise InvalidArgument(f"/{path} of the image is not a regular file", kind="file", key=path)
-        data = file.read(MAX_FILE + 1)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            data = file.read(MAX_FILE + 1)
+    finally:
+        os.close(fd)
     if len(data) > MAX_FILE:
         raise InvalidArgument(f"/{path} of the image is larger than {MAX_FILE} bytes", kind="file", key=path)
     return data.decode("utf-8", "surrogateescape")
