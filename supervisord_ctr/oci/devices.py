@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from supervisord_ctr.errors import InvalidArgument
 
@@ -18,8 +17,7 @@ _SKIPPED = frozenset({"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".ude
 _PERMISSIONS = frozenset("rwm")
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """One node: kind is "b", "c" or "p"."""
 
     path: str
