@@ -120,21 +120,16 @@ class Bundle:
             _write(self.path / "shim-binary-path", record.binary.encode())
 
     def read_record(self) -> Record | None:
-        """What `write_record` wrote; None when it never came so far or is damaged."""
-        try:
-            found: dict[str, Any] = json.loads((self.path / "runtime.json").read_bytes())
-            known = {key: value for key, value in found.items() if key in Record.__dataclass_fields__}
-            return replace(Record(""), **known)
-        except (OSError, ValueError, TypeError):
-            return None
+        """What `write_record` wrote, the address alone when the rest is damaged; None when nothing is left of it."""
+        found = _object(self.path / "runtime.json")
+        if not found.get("address"):
+            found = _object(self.path / "bootstrap.json")
+        known = {key: value for key, value in found.items() if key in Record.__dataclass_fields__}
+        return replace(Record(""), **known) if known.get("address") else None
 
     def spec(self) -> dict[str, Any]:
         """The spec in it, empty when there is none."""
-        try:
-            found = json.loads((self.path / "config.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return _object(self.path / "config.json")
 
     def delete(self) -> None:
         """Unmount the root file system and remove the folders; may be repeated after any failure."""
@@ -162,6 +157,15 @@ def make_passable(folder: Path) -> None:
         make_passable(folder.parent)
         folder.mkdir(mode=0o711)
     folder.chmod(0o711)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty when there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, data: bytes) -> None:
