@@ -75,6 +75,8 @@ class Front(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._request: Request | None = None
         self._done = False
+        self._fed = 0
+        self._rest = b""
 
     # -- asyncio.Protocol ------------------------------------------------------------------------
 
@@ -92,9 +94,15 @@ class Front(asyncio.Protocol):
         """Bytes of the head."""
         if self._done:
             return
+        # A head that comes in one piece is no reason to let it be longer than one that comes in many.
+        room = MAX_HEAD - self._fed
+        data, self._rest = data[:room], data[room:]
+        self._fed += len(data)
         try:
             self._http.receive_data(data)
             self._read()
+            if self._rest and not self._done:
+                self._answer(Answer(431, "request head is too large"))
         except h11.RemoteProtocolError as error:
             status = error.error_status_hint if 400 <= error.error_status_hint < 600 else 400
             self._answer(Answer(status, "bad request"))
@@ -115,7 +123,7 @@ class Front(asyncio.Protocol):
     def take_over_raw(self, response: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send a 101 that somebody else wrote."""
         assert self._transport is not None
-        trailing = self._http.trailing_data[0]
+        trailing = self._http.trailing_data[0] + self._rest
         self._transport.write(response)
         self._leave()
         return self._transport, trailing

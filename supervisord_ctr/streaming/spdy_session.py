@@ -28,7 +28,8 @@ class SpdyStream:
         self.id = stream_id
         #: Headers by lower-case name.
         self.headers = headers
-        self.accepted = asyncio.Event()
+        self.accepted = False
+        self._answered = asyncio.Event()
         self._window = asyncio.Event()
         self._closed = False
         self._reset: int | None = None
@@ -45,6 +46,17 @@ class SpdyStream:
     def was_reset(self) -> bool:
         """Whether the stream ended by a reset, or with the connection."""
         return self._reset is not None
+
+    async def wait_accepted(self) -> None:
+        """Wait for the peer's word on a stream of ours; `ConnectionRefusedError` when it is no."""
+        await self._answered.wait()
+        if not self.accepted:
+            raise ConnectionRefusedError(f"the peer refused stream {self.id}")
+
+    def accept(self) -> None:
+        """The peer accepted the stream (session use)."""
+        self.accepted = True
+        self._answered.set()
 
     async def read(self, limit: int = CHUNK) -> bytes:
         """Some bytes, `b""` at the peer's end; `ConnectionResetError` after a reset or a lost connection."""
@@ -92,7 +104,7 @@ class SpdyStream:
         """The stream is gone in both directions (session use)."""
         self._reset = status
         self._window.set()
-        self.accepted.set()
+        self._answered.set()
         self.inbox.fail(ConnectionResetError(f"stream {self.id} was reset"))
         self._session.forget(self.id)
 
@@ -124,9 +136,7 @@ class SpdySession:
         """Open a stream and wait until the peer accepts it; `ConnectionRefusedError` when it does not."""
         stream = self.begin(headers)
         async with asyncio.timeout(timeout):
-            await stream.accepted.wait()
-        if stream.was_reset:
-            raise ConnectionRefusedError(f"the peer refused stream {stream.id}")
+            await stream.wait_accepted()
         return stream
 
     def begin(self, headers: Mapping[str, str]) -> SpdyStream:
@@ -193,7 +203,7 @@ class SpdySession:
                 self._opened(stream_id, headers)
             case spdy.StreamReplied(stream_id, _):
                 if (stream := self._streams.get(stream_id)) is not None:
-                    stream.accepted.set()
+                    stream.accept()
             case spdy.StreamReset(stream_id, status):
                 if (stream := self._streams.get(stream_id)) is not None:
                     stream.drop(status)
