@@ -1,6 +1,7 @@
 """The local content store: where blobs and ingests lie, and how they are found again.
 
     ROOT/blobs/ALGORITHM/HEX      a committed blob, 0444, never changed after its rename
+    ROOT/trash/                   discarded blobs on their way out
     ROOT/ingest/SHA256-OF-REF/    one ingest; the hash keeps client-chosen refs out of paths
         data                      what was written so far
         ref startedat updatedat   the ref itself, times in RFC 3339
@@ -13,6 +14,7 @@ name below `blobs/` is complete or, after a disk fault, damaged; `walk` leaves d
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -20,7 +22,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +89,8 @@ class LocalContent:
         self._ingests = self.root / "ingest"
         self._lock = threading.Lock()
         self._held: dict[str, float] = {}
-        for folder in (self.root, self._ingests, *(self._blobs / name for name in ALGORITHMS)):
+        self._trash = self.root / "trash"
+        for folder in (self.root, self._ingests, self._trash, *(self._blobs / name for name in ALGORITHMS)):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     # Blobs.
@@ -150,16 +153,31 @@ class LocalContent:
 
     def delete(self, digest: str) -> None:
         """Remove a blob; NotFound. Open readers keep reading."""
+        self.discard(digest)
+        self.empty_trash()
+
+    def discard(self, digest: str) -> None:
+        """Make a blob disappear at once by a rename; `empty_trash` gives its space back. NotFound."""
         path = self.path(digest)
         faults.point(DELETE)
         try:
-            os.unlink(path)
+            os.rename(path, self._trash / path.name)
         except FileNotFoundError:
             raise NotFound(f"content {digest}: not found", kind="content", key=digest) from None
-        except IsADirectoryError:
-            shutil.rmtree(path)
         except OSError as error:
             raise from_os_error(error, f"delete content {digest}") from error
+
+    def empty_trash(self) -> int:
+        """Give the space of discarded blobs back; returns how many there were."""
+        count = 0
+        for entry in os.scandir(self._trash):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
+                count += 1
+        return count
 
     def open(self, digest: str) -> BlobFile:
         """Open a blob for reading; NotFound. It stays readable after a `delete`."""
@@ -182,12 +200,13 @@ class LocalContent:
         """The folder of the ingest `ref`."""
         return self._ingests / hashlib.sha256(ref.encode()).hexdigest()
 
-    def writer(self, ref: str, *, total: int = 0, expected: str = "") -> IngestWriter:
+    def writer(self, ref: str, *, total: int = 0, expected: str = "", algorithm: str = "") -> IngestWriter:
         """Start or resume the ingest `ref`; the hash of what lies there already is computed again.
 
         Unavailable while another writer of this process holds `ref`; AlreadyExists when `expected` is
         committed already; InvalidArgument for an empty ref. An ingest that does not fit (another
-        total, unreadable state) starts over, as in containerd.
+        total, unreadable state) starts over, as in containerd. The hash is `algorithm`, else that of
+        `expected`, else sha256.
         """
         if not ref:
             raise InvalidArgument("ref must not be empty", kind="ingest")
@@ -195,7 +214,8 @@ class LocalContent:
             self._refuse_existing(expected)
         self._acquire(ref)
         try:
-            return IngestWriter(self, ref, total=total, algorithm=(expected or "sha256:").partition(":")[0])
+            chosen = algorithm or expected.partition(":")[0] or "sha256"
+            return IngestWriter(self, ref, total=total, algorithm=chosen)
         except OSError as error:
             self.release(ref)
             raise from_os_error(error, f"open ingest {ref}") from error
@@ -255,13 +275,18 @@ class LocalContent:
         except OSError as error:
             raise from_os_error(error, f"remove ingest {ref}") from error
 
-    def sweep_ingests(self, keep: set[str]) -> list[str]:
-        """Remove every ingest whose ref is not in `keep` and that no writer holds, readable or not."""
+    def sweep_ingests(self, keep: Callable[[], set[str]]) -> list[str]:
+        """Remove every ingest whose ref is not in `keep()` and that no writer holds, readable or not.
+
+        `keep` is asked after the folder was listed: an ingest that begins meanwhile is safe when its
+        ref is recorded before its folder is made.
+        """
         removed = []
-        paths = {self.ingest_path(ref).name for ref in keep}
+        entries = list(os.scandir(self._ingests))
+        paths = {self.ingest_path(ref).name for ref in keep()}
         with self._lock:
             paths.update(self.ingest_path(ref).name for ref in self._held)
-        for entry in os.scandir(self._ingests):
+        for entry in entries:
             if entry.name in paths:
                 continue
             status = read_ingest_status(Path(entry.path))

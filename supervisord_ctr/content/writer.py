@@ -123,11 +123,6 @@ class IngestWriter:
         """The digest of what was written so far; after `commit` that of the blob."""
         return self._digest or f"{self._algorithm}:{self._hash.hexdigest()}"
 
-    def presync(self) -> None:
-        """Push the data to disk ahead of `commit`, which then has little left to do."""
-        if self._store.sync:
-            os.fdatasync(self._open_fd())
-
     def commit(self, size: int = 0, expected: str = "") -> str:
         """Make the ingest a blob, durably, and return its digest; the writer is closed then, also after an error.
 
@@ -137,11 +132,7 @@ class IngestWriter:
         """
         fd = self._open_fd()
         try:
-            if size and size != self.offset:
-                raise FailedPrecondition(
-                    f"ingest {self.ref}: unexpected commit size {self.offset}, expected {size}", key=self.ref
-                )
-            digest = self._digest = self._settle_digest(expected)
+            digest = self._digest = self._settle(size, expected)
             os.fchmod(fd, 0o444)
             if self._store.sync:
                 os.fsync(fd)
@@ -159,8 +150,18 @@ class IngestWriter:
             raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
         return digest
 
-    def _settle_digest(self, expected: str) -> str:
-        """The digest in the algorithm of `expected`, after comparing the two."""
+    def settle(self, size: int = 0, expected: str = "") -> str:
+        """What `commit` would check, without committing: the digest, or its errors; the data are on disk afterwards."""
+        digest = self._settle(size, expected)
+        if self._store.sync:
+            os.fdatasync(self._open_fd())
+        return digest
+
+    def _settle(self, size: int, expected: str) -> str:
+        if size and size != self.offset:
+            raise FailedPrecondition(
+                f"ingest {self.ref}: unexpected commit size {self.offset}, expected {size}", key=self.ref
+            )
         if expected:
             algorithm = check_digest(expected).partition(":")[0]
             if algorithm != self._algorithm:

@@ -34,9 +34,10 @@ class Snapshotter(Protocol):
     creates the committed one under `name` and the active `key` is gone. The parent "" is the empty
     directory. Everything that exists may be removed, children first.
 
-    Every method raises NotFound for a key that does not exist. A method that returns has made its
-    effect durable; one that raises has had none, apart from files that `cleanup` removes.
-    Concurrent calls for different keys are independent; for one key they are serialised.
+    Every method raises NotFound for a key that does not exist. A method that raises has had no
+    effect, apart from files that `cleanup` removes. What a method did survives the process when it
+    returns; it survives the machine with the next durable write of the metadata, which follows every
+    change at once. Concurrent calls for different keys are independent; for one key they are serialised.
     """
 
     @property
@@ -112,6 +113,10 @@ class Snapshotter(Protocol):
 
     async def close(self) -> None:
         """Let go of resources; twice is fine."""
+        ...
+
+    def account(self, key: str, usage: Usage) -> None:
+        """Tell what the changes of an active snapshot use, so that `commit` need not measure them."""
         ...
 
     def upper_dir(self, key: str) -> Path | None:
