@@ -50,3 +50,201 @@ Not here: what a shim does (`service.py`), how a foreign daemon starts one (`__m
 """
 
 from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from pctr_shim import cleanup, pause, serve
+from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
+from supervisord_ctr import errors, faults
+from supervisord_ctr.linux import cgroups, namespaces, processes
+from supervisord_ctr.ttrpc.server import listen
+
+log = logging.getLogger(__name__)
+
+FORKED = faults.declare("shim.fork.after-listen", "the shim's socket listens; the daemon does not know its pid")
+
+_PACKET = 65536
+
+
+class Zygote:
+    """Serves one connection until it ends."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def run(self) -> None:
+        """Answer requests until the daemon's end closes."""
+        while True:
+            try:
+                packet = self._connection.recv(_PACKET)
+            except ConnectionError:
+                return
+            if not packet:
+                return
+            self._answer(packet)
+
+    def _answer(self, packet: bytes) -> None:
+        serial = 0
+        try:
+            request = json.loads(packet)
+            serial = int(request["serial"])
+            operation = {
+                "ping": self._ping, "fork-shim": self._fork_shim, "fork-pause": self._fork_pause,
+                "cleanup": self._cleanup,
+            }.get(request["op"])
+            if operation is None:
+                raise errors.Unimplemented(f"zygote does not know {request['op']!r}")
+            reply = operation(serial, request)
+            if reply is None:
+                return
+        except (ValueError, KeyError, TypeError) as error:
+            reply = _failure(errors.InvalidArgument(f"zygote request is wrong: {type(error).__name__}: {error}"))
+        except OSError as error:
+            reply = _failure(errors.from_os_error(error, "zygote"))
+        except errors.Error as error:
+            reply = _failure(error)
+        self._send({"serial": serial, **reply})
+
+    def _send(self, reply: dict[str, Any]) -> None:
+        try:
+            self._connection.send(json.dumps(reply).encode())
+        except ConnectionError:
+            log.debug("the daemon is gone")
+
+    def _ping(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
+        return {"pid": os.getpid()}
+
+    def _fork_shim(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
+        config = ShimConfig(
+            namespace=str(request["namespace"]), group=str(request["id"]), bundle=str(request["bundle"]),
+            socket=str(request["socket"]), events=str(request.get("events", "")),
+            runtime=str(request.get("runtime", "") or "runc"),
+            runtime_root=str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
+            debug=bool(request.get("debug", False)), env=dict(request.get("env", {})),
+        )
+        if not os.path.isdir(config.bundle):
+            raise errors.NotFound(f"bundle {config.bundle} is not a folder", kind="bundle", key=config.bundle)
+        listener = listen(config.socket)
+        try:
+            faults.point(FORKED)
+            pid = os.fork()  # noqa: TID251  the zygote: this is where shims come from
+            if pid == 0:
+                self._become_shim(config, listener, request)
+        except OSError:
+            os.unlink(config.socket)
+            raise
+        finally:
+            listener.close()
+        return {"pid": pid, "start_time": processes.read_start_time(pid), "address": f"unix://{config.socket}"}
+
+    def _become_shim(self, config: ShimConfig, listener: socket.socket, request: dict[str, Any]) -> None:
+        """In the child: leave the zygote's session, descriptors and signals behind, then serve."""
+        try:
+            os.setsid()
+            self._connection.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _redirect(str(request.get("log", "")))
+            logging.getLogger().setLevel(logging.DEBUG if config.debug else logging.INFO)
+            if (score := request.get("oom_score_adj")) is not None:
+                processes.set_oom_score_adj(os.getpid(), int(score))
+            try:
+                cgroups.join([str(folder) for folder in request.get("cgroups", [])], os.getpid())
+            except OSError as error:
+                log.warning("joining a cgroup: %s", error)
+            serve.run(config, listener)
+        except BaseException:
+            log.exception("shim %s failed", config.group)
+            os._exit(1)
+        os._exit(0)
+
+    def _fork_pause(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
+        enter = [
+            (str(request.get(key, "")), kind)
+            for key, kind in (("ipcns", namespaces.CLONE_NEWIPC), ("utsns", namespaces.CLONE_NEWUTS),
+                              ("netns", namespaces.CLONE_NEWNET))
+        ]
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()  # noqa: TID251  the zygote: this is where pause processes come from
+        if pid == 0:
+            try:
+                self._connection.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                pause.become(
+                    enter, str(request.get("hostname", "")), [str(f) for f in request.get("cgroups", [])], writer
+                )
+            except BaseException as error:
+                os.write(writer, f"error {type(error).__name__}: {error}".encode()[:500])
+            os._exit(1)
+        os.close(writer)
+        try:
+            said = os.read(reader, 1024)
+        finally:
+            os.close(reader)
+        if not said.isdigit():
+            text = said.removeprefix(b"error ").decode("utf-8", "replace") or "it ended early"
+            raise errors.Internal(f"pause process: {text}")
+        return {"pid": int(said), "start_time": processes.read_start_time(int(said))}
+
+    def _cleanup(self, serial: int, request: dict[str, Any]) -> None:
+        """In a child, which answers by itself: it may take a while."""
+        arguments = (
+            str(request["namespace"]), str(request["id"]), str(request["bundle"]),
+            str(request.get("runtime", "") or "runc"),
+            str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
+        )
+        if os.fork():  # noqa: TID251  the zygote's helper
+            return
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            record = cleanup.clean_up(*arguments)
+            self._send({
+                "serial": serial, "pid": record.pid, "exit_status": record.exit_status,
+                "exited_at": record.exited_at, "oom_kills": record.oom_kills, "oom_level": record.oom_level,
+            })
+        except errors.Error as error:
+            self._send({"serial": serial, **_failure(error)})
+        except Exception as error:
+            self._send({"serial": serial, **_failure(errors.Internal(f"{type(error).__name__}: {error}"))})
+        finally:
+            os._exit(0)
+
+
+def _failure(error: errors.Error) -> dict[str, Any]:
+    return {"error": {"code": int(error.code), "message": error.message}}
+
+
+def _redirect(log_path: str) -> None:
+    """Standard streams to the null device, the log to its file."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    if log_path:
+        file = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.dup2(file, 2)
+        os.close(file)
+
+
+def main(arguments: list[str]) -> int:
+    """Run on the descriptor given as the only argument."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    connection = socket.socket(fileno=int(arguments[0]))
+    connection.set_inheritable(False)
+    processes.set_name("pctr-zygote")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the daemon, which then closes our end
+    gc.collect()
+    gc.freeze()
+    Zygote(connection).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

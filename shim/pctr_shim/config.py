@@ -1,0 +1,34 @@
+"""What a shim is told when it starts; nothing of it changes afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: Where containerd's own shim keeps the OCI runtime's state; a foreign daemon's tools expect it there.
+FOREIGN_RUNTIME_ROOT = "/run/containerd/runc"
+
+
+def _empty() -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class ShimConfig:
+    """`group` is the container or sandbox that the shim was started for, `socket` its listening path.
+
+    `events` is the ttrpc socket that takes events; without one, `publish_binary` (with
+    `address`) is run for each; without both, events go nowhere.
+    """
+
+    namespace: str
+    group: str
+    bundle: str
+    socket: str
+    events: str = ""
+    publish_binary: str = ""
+    address: str = ""
+    runtime: str = "runc"
+    runtime_root: str = FOREIGN_RUNTIME_ROOT
+    debug: bool = False
+    env: Mapping[str, str] = field(default_factory=_empty)

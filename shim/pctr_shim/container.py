@@ -1,0 +1,356 @@
+"""One container in the shim: its mounts, its processes, and the order in which their ends are told.
+
+Owns the bundle's files, the OCI runtime to use, out-of-memory counting and these rules:
+
+- an exit is on disk before anybody hears of it, and visible to State before its event is sent;
+- the exit of the container's own process is the last one told; when it shared its PID namespace, what
+  it left behind is killed first;
+- an exit that comes while its start is still being answered is told after the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from google.protobuf.message import DecodeError, Message
+
+from pctr_shim import attach, records
+from pctr_shim.config import ShimConfig
+from pctr_shim.process import ExecProcess, InitProcess, Process
+from pctr_shim.reaper import Reaper
+from pctr_shim.runc import Runtime
+from pctr_shim.states import EXEC_CREATED
+from pctr_shim.stdio import StreamAddresses
+from pctr_shim.values import timestamp
+from supervisord_ctr import errors, faults
+from supervisord_ctr.aio import TaskOwner
+from supervisord_ctr.api.events import events_pb2
+from supervisord_ctr.api.runc.v1 import options_pb2
+from supervisord_ctr.linux import mounts
+from supervisord_ctr.model import Exit, Mount, TaskStatus
+
+log = logging.getLogger(__name__)
+
+MOUNTED = faults.declare("shim.create.after-mount", "the root file system is mounted; the runtime knows nothing")
+
+Publish = Callable[[str, Message], None]
+
+
+class Container:
+    """Made by `create`; everything it does runs on the shim's loop."""
+
+    init: InitProcess
+
+    def __init__(
+        self, config: ShimConfig, reaper: Reaper, tasks: TaskOwner, publish: Publish, container_id: str, bundle: str,
+        options: options_pb2.Options,
+    ) -> None:
+        self.id = container_id
+        self.namespace = config.namespace
+        self.bundle = bundle
+        self.reaper = reaper
+        self.tasks = tasks
+        self.publish = publish
+        self.options = options
+        self.io_uid, self.io_gid = options.io_uid, options.io_gid
+        self.rootfs = os.path.join(bundle, "rootfs")
+        self.has_mounts = False
+        self.execs: dict[str, ExecProcess] = {}
+        self.timings: dict[str, int] = {}
+        self.oom_kills = 0
+        self.oom_level = ""
+        self._oom_fd = -1
+        self._held: dict[Process, tuple[Exit, int] | None] = {}
+        self._running_execs: set[ExecProcess] = set()
+        self._init_ended: tuple[Exit, int] | None = None
+        self._attach: attach.AttachSocket | None = None
+        root = options.root or config.runtime_root
+        self.runtime = Runtime.find(
+            options.binary_name or config.runtime, os.path.join(root, config.namespace), options.systemd_cgroup,
+            {**os.environ, **config.env},
+        )
+
+    def path(self, name: str) -> str:
+        """A file in the bundle."""
+        return os.path.join(self.bundle, name)
+
+    async def invoke(self, command: Sequence[str], failing: str) -> None:
+        """Run one command of the OCI runtime for the whole container."""
+        await self.runtime.invoke(self.reaper, self.path("log.json"), command, failing)
+
+    # Creating
+
+    async def create(
+        self, rootfs: Sequence[Mount], addresses: StreamAddresses, checkpoint: str, parent_checkpoint: str
+    ) -> None:
+        """Mount the root file system and have the container made; on failure nothing is left."""
+        self.init = InitProcess(self, addresses, checkpoint, parent_checkpoint)
+        self._write_options()
+        begun = time.perf_counter()
+        try:
+            if rootfs:
+                self._mount(rootfs)
+            faults.point(MOUNTED)
+            self._time("mount", begun)
+            self._attach = attach.AttachSocket(self.bundle, self._find_attachable)
+            begun = time.perf_counter()
+            await self.init.create()
+            self._time("create", begun)
+            self._watch_oom()
+        except BaseException:
+            await self._undo_create()
+            raise
+
+    def _time(self, name: str, begun: float) -> None:
+        self.timings[name] = int((time.perf_counter() - begun) * 1e6)
+
+    def _write_options(self) -> None:
+        """What the clean-up after a dead shim has to know (containerd's shim keeps the same files)."""
+        facts = {"binary_name": self.options.binary_name, "root": self.options.root,
+                 "systemd_cgroup": self.options.systemd_cgroup}
+        for name, text in (("options.json", json.dumps(facts)), ("runtime", self.options.binary_name)):
+            fd = os.open(self.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+
+    def _mount(self, rootfs: Sequence[Mount]) -> None:
+        try:
+            os.makedirs(self.rootfs, mode=0o711, exist_ok=True)
+            mounts.mount_all(rootfs, self.rootfs)
+        except OSError as error:
+            raise errors.from_os_error(error, "mount rootfs component") from error
+        self.has_mounts = True
+
+    async def _undo_create(self) -> None:
+        self.close()
+        await self.init.io.close()
+        if self.init.pid or os.path.exists(self.init.pid_file):
+            try:
+                await self.invoke(["delete", "--force", self.id], "undo create")
+            except errors.Error as error:
+                log.warning("%s: %s", self.id, error.message)
+        if self.has_mounts:
+            mounts.unmount_all(self.rootfs)
+
+    def _find_attachable(self, container_id: str, exec_id: str) -> attach.Attachable:
+        if container_id != self.id:
+            raise errors.NotFound(f"container {container_id} is not here", kind="container", key=container_id)
+        return self.process(exec_id).io
+
+    # Processes
+
+    def process(self, exec_id: str) -> Process:
+        """The init process for "", else the exec of that name; `NotFound`."""
+        if not exec_id:
+            return self.init
+        process = self.execs.get(exec_id)
+        if process is None:
+            raise errors.NotFound(f"process does not exist {exec_id}", kind="process", key=exec_id)
+        return process
+
+    def add_exec(self, exec_id: str, addresses: StreamAddresses, spec: bytes) -> ExecProcess:
+        """Add a process; it runs when it is started. `AlreadyExists`, `FailedPrecondition`."""
+        if exec_id in self.execs:
+            raise errors.AlreadyExists(f"id {exec_id}", kind="process", key=exec_id)
+        self.init.init_state.check_exec(self.init)
+        try:
+            content = json.loads(spec)
+            content["terminal"] = addresses.terminal
+            process = ExecProcess(self, exec_id, addresses, json.dumps(content).encode())
+        except (ValueError, TypeError) as error:
+            raise errors.InvalidArgument(f"process specification of {exec_id} is not json: {error}") from error
+        self.execs[exec_id] = process
+        return process
+
+    async def start(self, exec_id: str) -> Process:
+        """Start the init process or an exec, and tell of it. An exit meanwhile is told afterwards."""
+        process = self.process(exec_id)
+        if isinstance(process, ExecProcess):
+            return await self._start_exec(process)
+        async with self.init.lock:
+            begun = time.perf_counter()
+            restoring = self.init.pid == 0
+            self._held[self.init] = None
+            try:
+                await self.init.init_state.start(self.init)
+                self._time("start", begun)
+                if restoring:
+                    self._watch_oom()
+                    self.reaper.adopt(self.init.pid, self._exit_of(self.init))
+                self.publish("/tasks/start", events_pb2.TaskStart(container_id=self.id, pid=self.init.pid))
+            finally:
+                self._release(self.init)
+        return self.init
+
+    async def _start_exec(self, process: ExecProcess) -> Process:
+        async with process.lock:
+            if self._init_ended is not None and process.state is EXEC_CREATED:
+                raise errors.FailedPrecondition(f"container {self.id} init process is not running", key=self.id)
+            self._running_execs.add(process)
+            self._held[process] = None
+            try:
+                await process.exec_state.start(process)
+                self.publish("/tasks/exec-started", events_pb2.TaskExecStarted(
+                    container_id=self.id, exec_id=process.exec_id, pid=process.pid,
+                ))
+                self.reaper.adopt(process.pid, self._exit_of(process))
+            except BaseException:
+                if not process.pid:
+                    self._exec_gone(process)
+                raise
+            finally:
+                self._release(process)
+        return process
+
+    def adopt_init(self) -> None:
+        """From now on the end of the created process is noticed (also when it has come already)."""
+        if self.init.pid:
+            self.reaper.adopt(self.init.pid, self._exit_of(self.init))
+
+    # Exits
+
+    def _exit_of(self, process: Process) -> Callable[[Exit, int], None]:
+        return lambda ended, number: self._ended(process, ended, number)
+
+    def _ended(self, process: Process, ended: Exit, number: int) -> None:
+        if process in self._held:
+            self._held[process] = (ended, number)
+        elif isinstance(process, InitProcess):
+            self._init_ended = (ended, number)
+            self._end_init()
+        else:
+            self._tell_exit(process, ended, number)
+            assert isinstance(process, ExecProcess)
+            self._exec_gone(process)
+
+    def _release(self, process: Process) -> None:
+        held = self._held.pop(process, None)
+        if held is not None:
+            self._ended(process, *held)
+
+    def _end_init(self) -> None:
+        """The container's own process is gone: end the others, then tell (last)."""
+        if self._shares_pid_namespace() and self.init.cgroup is not None:
+            try:
+                self.init.cgroup.signal_all(9)
+            except OSError as error:
+                log.warning("%s: killing what init left: %s", self.id, error)
+        self._tell_init_if_last()
+
+    def _exec_gone(self, process: ExecProcess) -> None:
+        self._running_execs.discard(process)
+        self._tell_init_if_last()
+
+    def _tell_init_if_last(self) -> None:
+        if self._init_ended is not None and not self._running_execs and self.init.exit is None:
+            self._tell_exit(self.init, *self._init_ended)
+
+    def _tell_exit(self, process: Process, ended: Exit, number: int) -> None:
+        if process is self.init:
+            self._count_oom()
+            self._close_oom()
+        records.write(self.bundle, records.ExitRecord(
+            self.id, process.exec_id, ended.pid, ended.status, ended.at, number, self.oom_kills,
+            self.oom_level, *process.asked,
+        ))
+        process.set_exited(ended)
+        self.publish("/tasks/exit", events_pb2.TaskExit(
+            container_id=self.id, id=process.exec_id or self.id, pid=ended.pid, exit_status=ended.status,
+            exited_at=timestamp(ended.at),
+        ))
+
+    def _shares_pid_namespace(self) -> bool:
+        """Whether the container has no PID namespace of its own, so that its end ends nobody else."""
+        try:
+            with open(self.path("config.json"), "rb") as file:
+                spec = json.load(file)
+            for namespace in spec.get("linux", {}).get("namespaces", []):
+                if namespace.get("type") == "pid" and not namespace.get("path"):
+                    return False
+        except (OSError, ValueError, AttributeError) as error:
+            log.warning("%s: reading its specification: %s", self.id, error)
+        return True
+
+    # Memory
+
+    def _watch_oom(self) -> None:
+        if self.init.cgroup is None or not self.init.cgroup.folder("memory"):
+            return
+        try:
+            self._oom_fd = self.init.cgroup.watch_oom()
+            os.set_blocking(self._oom_fd, False)
+            asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_woke)
+        except OSError as error:
+            log.warning("%s: out-of-memory events are not watched: %s", self.id, error)
+
+    def _oom_woke(self) -> None:
+        try:
+            os.read(self._oom_fd, 4096)
+        except BlockingIOError:
+            return
+        self._count_oom()
+        if self.init.cgroup is not None and not self.init.cgroup.exists():
+            self._close_oom()
+
+    def _count_oom(self) -> None:
+        """Tell of kills that nobody has been told of."""
+        if self.init.cgroup is None:
+            return
+        count = self.init.cgroup.oom_kills()
+        if count > self.oom_kills:
+            self.oom_kills = count
+            self.oom_level = self.init.cgroup.oom_level()
+            self.publish("/tasks/oom", events_pb2.TaskOOM(container_id=self.id))
+
+    def _close_oom(self) -> None:
+        if self._oom_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._oom_fd)
+            os.close(self._oom_fd)
+            self._oom_fd = -1
+
+    # Ending
+
+    async def delete(self, exec_id: str) -> Process:
+        """Delete a process that has ended (or never ran); the init process takes the container along."""
+        process = self.process(exec_id)
+        async with process.lock:
+            if isinstance(process, ExecProcess):
+                await process.exec_state.delete(process)
+                self.execs.pop(exec_id, None)
+                return process
+            await self.init.init_state.delete(self.init)
+            for other in self.execs.values():
+                await other.io.close()
+            self.close()
+        return process
+
+    def close(self) -> None:
+        """Let go of what is open for the whole container."""
+        self._close_oom()
+        if self._attach is not None:
+            self._attach.close()
+            self._attach = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the container's own process has ended."""
+        return self.init.status == TaskStatus.STOPPED
+
+
+def parse_options(type_name: str, value: bytes) -> options_pb2.Options:
+    """The runtime options of a create request; kinds that are not runc's have nothing for us."""
+    if type_name not in ("containerd.runc.v1.Options", "runtimeoptions.v1.Options", ""):
+        raise errors.InvalidArgument(f"runtime options of type {type_name} are not understood", key=type_name)
+    if type_name != "containerd.runc.v1.Options":
+        return options_pb2.Options()
+    try:
+        return options_pb2.Options.FromString(value)
+    except DecodeError as error:
+        raise errors.InvalidArgument(f"runtime options cannot be decoded: {error}") from error

@@ -1,0 +1,104 @@
+"""The process that holds a pod's PID namespace when its containers share one (design D7).
+
+Number 1 of a new PID namespace: it reaps and does nothing else. A fork of the zygote, stripped before it
+serves: private mount namespace with an empty read-only root, no descriptors, no capabilities,
+no_new_privs, not dumpable, a seccomp filter that leaves waiting and reaping.
+
+It must not be able to do anything useful for somebody who takes it over, so what a new feature would
+need here is a reason against the feature.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from supervisord_ctr.linux import cgroups, libc, mounts, namespaces, processes
+
+#: rt_sigreturn rt_sigprocmask rt_sigaction rt_sigtimedwait wait4 exit exit_group futex mmap munmap brk madvise
+#: getpid gettid restart_syscall clock_nanosleep
+_ALLOWED = {
+    "x86_64": (15, 14, 13, 128, 61, 60, 231, 202, 9, 11, 12, 28, 39, 186, 219, 230),
+    "aarch64": (139, 135, 134, 137, 260, 93, 94, 98, 222, 215, 214, 233, 172, 178, 128, 115),
+}
+_SIGNALS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
+
+
+def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str], report: int) -> None:
+    """Turn the calling process (a fresh fork with one thread) into a parent of the pause process.
+
+    Enters the namespaces, joins the cgroups, forks once into a new PID namespace, writes the pid (as the
+    caller's namespace numbers it) to the descriptor `report` once the process is stripped, and ends.
+    """
+    for path, kind in enter:
+        if path:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            libc.setns(fd, kind)
+            os.close(fd)
+    if hostname and not any(kind == namespaces.CLONE_NEWUTS and path for path, kind in enter):
+        import socket
+
+        libc.unshare(namespaces.CLONE_NEWUTS)
+        socket.sethostname(hostname)
+    cgroups.join(groups, os.getpid())
+    libc.unshare(namespaces.CLONE_NEWPID)
+    ready, stripped = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()  # noqa: TID251  the zygote's helper: this is where the pause process comes from
+    if pid == 0:
+        try:
+            _strip(keep=stripped)
+            _serve(stripped)
+        except BaseException as error:
+            os.write(stripped, f"{type(error).__name__}: {error}".encode()[:400])
+        os._exit(1)
+    os.close(stripped)
+    said = os.read(ready, 512)
+    os.write(report, b"%d" % pid if said == b"ok" else b"error " + (said or b"the pause process ended early"))
+    os._exit(0)
+
+
+def _strip(keep: int) -> None:
+    os.setsid()
+    processes.set_name("pctr-pause")
+    processes.set_parent_death_signal(0)
+    _empty_root()
+    os.closerange(0, keep)
+    os.closerange(keep + 1, 1 << 16)
+    os.setgroups([])
+    processes.set_no_new_privileges()
+    processes.drop_capabilities()
+
+
+def _empty_root() -> None:
+    """An empty, read-only file system as the only one (pivot_root(2), "pivot_root(".", ".")")."""
+    libc.unshare(namespaces.CLONE_NEWNS | namespaces.CLONE_FS)
+    mounts.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE)
+    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
+    mounts.mount("tmpfs", "/tmp", "tmpfs", flags, "size=4k,nr_inodes=2,mode=555")
+    os.chdir("/tmp")
+    pivot = {"x86_64": 155, "aarch64": 41}[os.uname().machine]
+    libc.syscall(pivot, b".", b".", path="/tmp")
+    mounts.umount(".", mounts.MNT_DETACH)
+    os.chdir("/")
+    mounts.mount("", "/", "", flags | mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_BIND)
+
+
+def _serve(report: int) -> None:
+    """Say that all is done, lock the door, reap for ever. SIGTERM and SIGINT end the namespace."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    allowed = _ALLOWED[os.uname().machine]
+    wait, reap, leave = signal.sigwaitinfo, os.waitpid, os._exit
+    os.write(report, b"ok")
+    os.close(report)
+    processes.set_dumpable(False)
+    processes.allow_only_syscalls(allowed)
+    while True:
+        number = wait(_SIGNALS).si_signo
+        if number != signal.SIGCHLD:
+            leave(0)
+        try:
+            while reap(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            continue

@@ -1,0 +1,148 @@
+"""Events on their way to the daemon: in order, kept until somebody took them.
+
+Owns the queue and the connection to the daemon's ttrpc events service, or, for a foreign daemon
+without one, the runs of its publish program. An event is put in after the state that it tells of is
+visible, and the queue is sent strictly one by one, so no event overtakes another.
+
+A daemon that is away is tried again for as long as it takes (0.1 s growing to 2 s); `nudge` tries
+at once. The queue is bounded: beyond that, the oldest go and the loss is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import time
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from pctr_shim.config import ShimConfig
+from pctr_shim.reaper import Reaper
+from pctr_shim.values import any_of, timestamp
+from supervisord_ctr import errors
+from supervisord_ctr.aio import TaskOwner
+from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forward_pb2
+from supervisord_ctr.api.types import types_pb2
+from supervisord_ctr.ttrpc.client import Client
+
+log = logging.getLogger(__name__)
+
+SERVICE = "containerd.services.events.ttrpc.v1.Events"
+LIMIT = 65536
+_CALL_TIMEOUT = 5.0
+
+
+class Publisher:
+    """`publish` never blocks; `close` gives what is left a bounded chance."""
+
+    def __init__(self, config: ShimConfig, reaper: Reaper) -> None:
+        self._config = config
+        self._reaper = reaper
+        self._queue: collections.deque[types_pb2.Envelope] = collections.deque()
+        self._wake = asyncio.Event()
+        self._retry = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._client: Client | None = None
+        self._owner = TaskOwner("publisher")
+        self._lost = 0
+
+    def start(self) -> None:
+        """Begin to send, on the running loop."""
+        if self._config.events or self._config.publish_binary:
+            self._owner.start(self._run(), "forward")
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def publish(self, topic: str, message: Message) -> None:
+        """Queue an event with the time of now."""
+        if not (self._config.events or self._config.publish_binary):
+            return
+        if len(self._queue) >= LIMIT:
+            self._queue.popleft()
+            self._lost += 1
+            if self._lost & (self._lost - 1) == 0:
+                log.error("%d events lost: nobody took %d of them", self._lost, LIMIT)
+        self._queue.append(types_pb2.Envelope(
+            timestamp=timestamp(time.time()), namespace=self._config.namespace, topic=topic, event=any_of(message)
+        ))
+        self._empty.clear()
+        self._wake.set()
+
+    def nudge(self) -> None:
+        """Try again at once: a daemon has just shown up."""
+        self._retry.set()
+
+    async def _run(self) -> None:
+        delay = 0.1
+        while True:
+            while self._queue:
+                event = self._queue[0]
+                if await self._send(event):
+                    delay = 0.1
+                    if self._queue and self._queue[0] is event:
+                        self._queue.popleft()
+                else:
+                    self._retry.clear()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._retry.wait(), delay)
+                    delay = min(delay * 2, 2.0)
+            self._empty.set()
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _send(self, event: types_pb2.Envelope) -> bool:
+        try:
+            if self._config.events:
+                await self._forward(event)
+            else:
+                await self._run_binary(event)
+            return True
+        except (errors.Error, OSError) as error:
+            log.debug("event %s stays queued: %s", event.topic, error)
+            return False
+
+    async def _forward(self, event: types_pb2.Envelope) -> None:
+        if self._client is None or self._client.closed:
+            if self._client is not None:
+                await self._client.close()
+                self._client = None
+            self._client = await Client.connect(self._config.events)
+        await self._client.call(
+            SERVICE, "Forward", forward_pb2.ForwardRequest(envelope=event), Empty, timeout=_CALL_TIMEOUT,
+            metadata={"containerd-namespace-ttrpc": [self._config.namespace]},
+        )
+
+    async def _run_binary(self, event: types_pb2.Envelope) -> None:
+        arguments = [
+            self._config.publish_binary, "--address", self._config.address, "publish",
+            "--topic", event.topic, "--namespace", event.namespace,
+        ]
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.write(writer, event.event.SerializeToString())
+        finally:
+            os.close(writer)
+        try:
+            status = await self._reaper.run(arguments, os.environ, {0: reader})
+        finally:
+            os.close(reader)
+        if status:
+            raise errors.Unavailable(f"{self._config.publish_binary} publish ended with status {status}")
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """Send what is queued for at most `timeout` seconds, then let go."""
+        self.nudge()
+        if self._queue:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), timeout)
+        if self._queue:
+            log.error("%d events were never taken", len(self._queue))
+        await self._owner.close()
+        if self._client is not None:
+            await self._client.close()
