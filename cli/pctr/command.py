@@ -6,13 +6,24 @@ Owns the frame in which every file of `pctr.commands` is written. Parses nothing
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pctr.rpc import Client
+
+    class Arguments(Protocol):
+        """Where a command declares its arguments: an argparse parser, or `pctr.options.Options`."""
+
+        def add_argument(self, *names: str, **values: Any) -> Any:
+            """As argparse has it."""
+
+        def add_argument_group(self, title: str, /) -> Any:
+            """A titled group, with the same methods."""
+
 
 DEFAULT_ADDRESS = "/run/supervisord-ctr/supervisord-ctr.sock"
 DEFAULT_NAMESPACE = "default"
@@ -38,7 +49,7 @@ class Command(NamedTuple):
     name: str
     summary: str
     example: str
-    arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: Callable[[Arguments], None]
     run: Callable[[Context], int | None]
     aliases: tuple[str, ...] = ()
 
@@ -46,7 +57,7 @@ class Command(NamedTuple):
 class Context:
     """What a running command has: its arguments and, when it asks, a connection to the daemon."""
 
-    def __init__(self, args: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    def __init__(self, args: Any, environment: Mapping[str, str]) -> None:
         self.args = args
         self.environment = environment
         self._client: Client | None = None
@@ -94,28 +105,41 @@ class Context:
 # -- options that many commands share ------------------------------------------------------------------
 
 
-def no_arguments(parser: argparse.ArgumentParser) -> None:
+def global_options(parser: Arguments, *, default: Any) -> None:
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "-a", "--address", metavar="SOCKET", default=default,
+        help=f"the daemon's socket (PCTR_ADDRESS, CONTAINERD_ADDRESS; default: {DEFAULT_ADDRESS})",
+    )
+    group.add_argument(
+        "-n", "--namespace", metavar="NAME", default=default,
+        help="namespace to work in (PCTR_NAMESPACE, CONTAINERD_NAMESPACE; default: default)",
+    )
+    group.add_argument("--debug", action="store_true", default=default, help="show where an error came from")
+
+
+def no_arguments(parser: Arguments) -> None:
     """For commands that take none."""
 
 
-def format_option(parser: argparse.ArgumentParser, quiet: str = "") -> None:
+def format_option(parser: Arguments, quiet: str = "") -> None:
     """`--format`; with `quiet` also `-q`, which prints only that column."""
     parser.add_argument("--format", choices=("table", "json"), default="table", help="how to print (default: table)")
     if quiet:
         parser.add_argument("-q", "--quiet", action="store_true", help=f"print only the {quiet}")
 
 
-def filters_argument(parser: argparse.ArgumentParser) -> None:
+def filters_argument(parser: Arguments) -> None:
     """Positional filters, or-ed."""
     parser.add_argument("filters", nargs="*", metavar="FILTER", help='such as \'labels."app"==web\'; several are or-ed')
 
 
-def snapshotter_option(parser: argparse.ArgumentParser) -> None:
+def snapshotter_option(parser: Arguments) -> None:
     """`--snapshotter`."""
     parser.add_argument("--snapshotter", metavar="NAME", help=f"snapshotter (default: {DEFAULT_SNAPSHOTTER})")
 
 
-def label_option(parser: argparse.ArgumentParser, what: str = "label to set") -> None:
+def label_option(parser: Arguments, what: str = "label to set") -> None:
     """`--label`, repeatable."""
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help=f"{what}; may be repeated")
 

@@ -6,7 +6,6 @@ Shared by `run`, `container create` and `oci spec`. The spec itself is built by
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -23,12 +22,13 @@ from pctr.command import (
     parse_size,
     snapshotter_option,
 )
-from pctr.image_config import ImageConfig, get_image, load_config, read_json
+from pctr.image_config import ImageConfig, get_image, load_config, read_json, unpacked_chain_id
 from pctr.rpc import CONTAINERS, SNAPSHOTS, Client
 from supervisord_ctr import errors
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder, parse_mount
 
 if TYPE_CHECKING:
+    from pctr.command import Arguments
     from supervisord_ctr.oci.users import User
 
 STOP_SIGNAL_LABEL = "io.containerd.image.config.stop-signal"
@@ -47,7 +47,7 @@ class Created(NamedTuple):
     snapshot_key: str
 
 
-def create_options(parser: argparse.ArgumentParser) -> None:
+def create_options(parser: Arguments) -> None:
     """Everything that says what the container is like."""
     add = parser.add_argument
     process = parser.add_argument_group("process")
@@ -64,11 +64,13 @@ def create_options(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--mount", action="append", default=[], metavar="SPEC",
                        help="type=bind,src=/a,dst=/b,options=rbind:ro; type=tmpfs,dst=/t")
-    files.add_argument("-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]", help="bind mount, in short")
+    files.add_argument("-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]",
+                       help="bind mount, in short")
     files.add_argument("--volumes", action="store_true", help="give each VOLUME of the image an anonymous mount")
     files.add_argument("--read-only", action="store_true", help="read-only root file system")
     files.add_argument("--rootfs", action="store_true", help="IMAGE is a folder that holds the root file system")
-    files.add_argument("--device", action="append", default=[], metavar="HOST[:INSIDE[:rwm]]", help="device node or folder")
+    files.add_argument("--device", action="append", default=[], metavar="HOST[:INSIDE[:rwm]]",
+                       help="device node or folder")
     files.add_argument("--shm-size", metavar="SIZE", help="size of /dev/shm")
     _isolation_options(parser)
     _resource_options(parser)
@@ -83,7 +85,7 @@ def create_options(parser: argparse.ArgumentParser) -> None:
     snapshotter_option(parser)
 
 
-def _isolation_options(parser: argparse.ArgumentParser) -> None:
+def _isolation_options(parser: Arguments) -> None:
     group = parser.add_argument_group("isolation")
     group.add_argument("--privileged", action="store_true", help="all capabilities and devices, no filters")
     group.add_argument("--cap-add", action="append", default=[], metavar="CAP", help="add a capability, or ALL")
@@ -98,14 +100,15 @@ def _isolation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hostname", metavar="NAME", help="host name inside")
     group.add_argument("--pid", choices=("private", "host"), default="private", help="PID namespace")
     group.add_argument("--ipc", choices=("private", "host"), default="private", help="IPC namespace")
-    group.add_argument("--with-ns", action="append", default=[], metavar="TYPE:PATH", help="join the namespace at a path")
+    group.add_argument("--with-ns", action="append", default=[], metavar="TYPE:PATH",
+                       help="join the namespace at a path")
     group.add_argument("--uidmap", action="append", default=[], metavar="IN:OUT:LENGTH", help="user namespace mapping")
     group.add_argument("--gidmap", action="append", default=[], metavar="IN:OUT:LENGTH", help="group mapping")
     group.add_argument("--sysctl", action="append", default=[], metavar="NAME=VALUE", help="kernel parameter")
     group.add_argument("--cgroup", metavar="PATH", help="cgroup path; \"\" for none")
 
 
-def _resource_options(parser: argparse.ArgumentParser) -> None:
+def _resource_options(parser: Arguments) -> None:
     group = parser.add_argument_group("resources")
     group.add_argument("-m", "--memory", "--memory-limit", metavar="SIZE", help="memory limit, such as 512m")
     group.add_argument("--memory-swap", metavar="SIZE", help="memory and swap together")
@@ -122,7 +125,7 @@ def _resource_options(parser: argparse.ArgumentParser) -> None:
 # -- the spec ------------------------------------------------------------------------------------------
 
 
-def _environment(args: argparse.Namespace) -> list[str]:
+def _environment(args: Any) -> list[str]:
     entries: list[str] = []
     for path in args.env_file:
         with open(path, encoding="utf-8") as file:
@@ -163,7 +166,7 @@ def _mapping(text: str) -> tuple[int, int, int]:
 
 
 def build_spec(
-    args: argparse.Namespace, namespace: str, container: str, image: ImageConfig | None, command: list[str],
+    args: Any, namespace: str, container: str, image: ImageConfig | None, command: list[str],
     rootfs: str = "",
 ) -> SpecBuilder:
     """The spec for these options, but for the user (see `resolve_user`)."""
@@ -185,7 +188,7 @@ def build_spec(
     return builder
 
 
-def _process(builder: SpecBuilder, args: argparse.Namespace, image: ImageConfig | None, command: list[str]) -> None:
+def _process(builder: SpecBuilder, args: Any, image: ImageConfig | None, command: list[str]) -> None:
     config = dict(image.runtime) if image is not None else {}
     if args.entrypoint is not None:
         config["Entrypoint"] = args.entrypoint.split()
@@ -212,7 +215,7 @@ def _process(builder: SpecBuilder, args: argparse.Namespace, image: ImageConfig 
         builder.with_oom_score(args.oom_score_adj)
 
 
-def _isolation(builder: SpecBuilder, args: argparse.Namespace) -> None:
+def _isolation(builder: SpecBuilder, args: Any) -> None:
     if args.cap_add or args.cap_drop:
         builder.change_capabilities(add=args.cap_add, drop=args.cap_drop)
     if args.privileged:
@@ -255,7 +258,7 @@ def _isolation(builder: SpecBuilder, args: argparse.Namespace) -> None:
         builder.with_cgroup(args.cgroup)
 
 
-def _resources(builder: SpecBuilder, args: argparse.Namespace) -> None:
+def _resources(builder: SpecBuilder, args: Any) -> None:
     sizes = {name: parse_size(value) for name in ("memory", "memory_swap", "memory_reservation")
              if (value := getattr(args, name))}
     if sizes:
@@ -333,7 +336,7 @@ def resolve_user(mounts: list[light.Mount], rootfs: str, user: str) -> User | No
 # -- the container -------------------------------------------------------------------------------------
 
 
-def runtime_options(args: argparse.Namespace) -> light.Any_ | None:
+def runtime_options(args: Any) -> light.Any_ | None:
     """containerd.runc.v1.Options when any is set."""
     if not (args.runc_binary or args.runc_root or args.runc_systemd_cgroup):
         return None
@@ -344,7 +347,7 @@ def runtime_options(args: argparse.Namespace) -> light.Any_ | None:
     return light.Any_(type_url=RUNC_OPTIONS_URL, value=options.SerializeToString())
 
 
-def container_labels(args: argparse.Namespace, image: ImageConfig | None) -> dict[str, str]:
+def container_labels(args: Any, image: ImageConfig | None) -> dict[str, str]:
     """The image's labels but reserved ones, its stop signal, and those of the command line."""
     labels: dict[str, str] = {}
     if image is not None:
@@ -358,7 +361,8 @@ def container_labels(args: argparse.Namespace, image: ImageConfig | None) -> dic
 
 
 def _snapshot(client: Client, snapshotter: str, key: str, image: ImageConfig) -> list[light.Mount]:
-    request = light.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=image.chain_id)
+    parent = unpacked_chain_id(client, image, snapshotter)
+    request = light.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent)
     try:
         return client.unary(SNAPSHOTS + "Prepare", request, light.PrepareSnapshotResponse).mounts
     except errors.NotFound:

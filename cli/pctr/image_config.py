@@ -34,6 +34,7 @@ class ImageConfig(NamedTuple):
 
     name: str
     manifest_digest: str
+    config_digest: str
     config: dict[str, Any]
 
     @property
@@ -181,4 +182,17 @@ def load_config(client: Client, image: light.Image, platform: str = "") -> Image
     config = manifest.get("config") or {}
     if not config.get("digest"):
         raise Failed(f"image {image.name}: its manifest {digest} names no config")
-    return ImageConfig(image.name, digest, read_json(client, config["digest"]))
+    return ImageConfig(image.name, digest, config["digest"], read_json(client, config["digest"]))
+
+
+def unpacked_chain_id(client: Client, image: ImageConfig, snapshotter: str) -> str:
+    """The name of the image's snapshot.
+
+    Whoever unpacked the image labelled its config with it, for garbage collection; reading that
+    costs less than loading a hash library. Without the label it is computed.
+    """
+    if len(image.diff_ids) < 2:
+        return image.chain_id
+    response = client.unary(CONTENT + "Info", light.DigestRequest(digest=image.config_digest), light.InfoResponse)
+    labels = response.info.labels if response.info is not None else {}
+    return labels.get(f"containerd.io/gc.ref.snapshot.{snapshotter}") or image.chain_id

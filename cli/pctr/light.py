@@ -243,6 +243,29 @@ class ReadContentResponse(Message):
     FIELDS: ClassVar = {1: ("offset", UINT), 2: ("data", BYTES)}
 
 
+class DigestRequest(Message):
+    """containerd.services.content.v1.InfoRequest"""
+
+    digest: str
+    FIELDS: ClassVar = {1: ("digest", STRING)}
+
+
+class ContentInfo(Message):
+    """containerd.services.content.v1.Info"""
+
+    digest: str
+    size: int
+    labels: dict[str, str]
+    FIELDS: ClassVar = {1: ("digest", STRING), 2: ("size", UINT), 5: ("labels", LABELS)}
+
+
+class InfoResponse(Message):
+    """containerd.services.content.v1.InfoResponse"""
+
+    info: ContentInfo | None
+    FIELDS: ClassVar = {1: ("info", ContentInfo)}
+
+
 class PrepareSnapshotRequest(Message):
     """containerd.services.snapshots.v1.PrepareSnapshotRequest"""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pctr.command import Command
 
 
 class Group(NamedTuple):
@@ -42,3 +46,10 @@ def find(word: str) -> tuple[str, Group] | None:
     if word in GROUPS:
         return word, GROUPS[word]
     return next(((name, group) for name, group in GROUPS.items() if word in group.aliases), None)
+
+
+def load(group: str) -> tuple[Command, ...] | Command:
+    """The command, or the commands, behind a group's name."""
+    module = importlib.import_module(f"pctr.commands.{GROUPS[group].module}")
+    found: tuple[Command, ...] | Command = getattr(module, "COMMANDS", None) or module.COMMAND
+    return found

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
+from typing import TYPE_CHECKING
 
 from pctr import light
 from pctr.command import Command, Context, Failed, UsageError
 from pctr.create import Created, create_container, create_options, remove_container
+from pctr.options import REMAINDER
 from pctr.process import Foreground
 from pctr.rpc import TASKS, Client
 from pctr.stdio import Fifos
 from supervisord_ctr import errors
 
+if TYPE_CHECKING:
+    from pctr.command import Arguments
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
+
+def _arguments(parser: Arguments) -> None:
     parser.add_argument("--rm", action="store_true", help="remove the container when it has ended")
     parser.add_argument("-d", "--detach", action="store_true", help="do not wait for it")
     parser.add_argument("--pull", choices=("missing", "always", "never"), default="missing",
@@ -26,7 +30,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cidfile", metavar="FILE", help="write the container's id there")
     parser.add_argument("--no-sig-proxy", action="store_true", help="do not forward signals")
     create_options(parser)
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="IMAGE [ID [COMMAND …]]",
+    parser.add_argument("words", nargs=REMAINDER, metavar="IMAGE [ID [COMMAND …]]",
                         help="image, id of the container (made up when not given) and what to run in it")
 
 
