@@ -67,7 +67,7 @@ class Server:
     def __init__(self, services: Services, *, check_peer: bool = True) -> None:
         self._services = services
         self._check_peer = check_peer
-        self._owner = TaskOwner("ttrpc server")
+        self._accepted: set[asyncio.Task[None]] = set()
         self._calls = TaskOwner("ttrpc calls")
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: set[_Connection] = set()
@@ -83,6 +83,9 @@ class Server:
         return len(self._connections)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: asyncio.Task[None] | None = asyncio.current_task()
+        assert task is not None
+        self._accepted.add(task)
         try:
             if self._check_peer and not is_trusted_peer(writer.get_extra_info("socket")):
                 log.warning("refused a ttrpc connection of another user")
@@ -98,6 +101,7 @@ class Server:
         except asyncio.CancelledError:
             log.debug("ttrpc connection cancelled")
         finally:
+            self._accepted.discard(task)
             writer.close()
 
     async def wait_idle(self, timeout: float) -> None:
@@ -112,7 +116,9 @@ class Server:
         await self._calls.close()
         for connection in list(self._connections):
             connection.abort()
-        await self._owner.close()
+        for task in list(self._accepted):
+            task.cancel()
+        await asyncio.gather(*self._accepted, return_exceptions=True)
 
 
 class _Connection:
