@@ -23,6 +23,7 @@ from supervisord_ctr.runtime import bundle as bundles
 from supervisord_ctr.runtime.bundle import Bundle, Record
 
 if TYPE_CHECKING:
+    from supervisord_ctr.runtime.shims import Shim
     from supervisord_ctr.runtime.task import Task
     from supervisord_ctr.runtime.tasks import Tasks
 
@@ -103,6 +104,18 @@ async def _attend(tasks: Tasks, task: Task) -> asyncio.Task[None] | None:
     return None
 
 
+async def attend_again(tasks: Tasks, task: Task, lost: Shim) -> None:
+    """A connection ended while its task was in use: connect again if the shim lives, else clean up.
+
+    Whoever holds the task's lock meanwhile (a delete that was under way) cleans up itself.
+    """
+    async with tasks.lock(task):
+        if not tasks.holds(task) or task.shim is not lost:
+            return
+        task.attach_shim(None, "the connection to its shim ended")
+    await _attend(tasks, task)
+
+
 async def settle(tasks: Tasks, task: Task) -> None:
     """Connect to the shim of `task` and ask for its state.
 
@@ -122,11 +135,12 @@ async def settle(tasks: Tasks, task: Task) -> None:
         return
     except errors.Unavailable:
         raise errors.NotFound(f"the shim of task {task.id} ended") from None
-    shim.tasks.add(task.id)
-    task.shim, task.pid, task.trouble = shim, state.pid, ""
-    tasks.shims.watch_log(task.bundle, task.record)
     if shim.lost:
         raise errors.NotFound(f"the shim of task {task.id} ended")
+    shim.tasks.add(task.id)
+    task.pid = state.pid or task.pid
+    task.attach_shim(shim)
+    tasks.shims.watch_log(task.bundle, task.record)
     if state.status is TaskStatus.STOPPED:
         log.info("task %s in %s exited with %d meanwhile", task.id, task.namespace, state.exit_status)
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -27,10 +28,11 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 
 from supervisord_ctr import errors, faults
-from supervisord_ctr.aio import KeyedLock, TaskOwner
+from supervisord_ctr.aio import KeyedLock, TaskOwner, wait_until
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.bootstrap.v1 import bootstrap_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
+from supervisord_ctr.linux import processes
 from supervisord_ctr.model import Exit, TypedValue
 from supervisord_ctr.runtime import resolve
 from supervisord_ctr.runtime.bundle import Bundle, Record
@@ -61,6 +63,8 @@ class Shim:
     service: TaskService
     tasks: set[str] = field(default_factory=set)
     lost: bool = False
+    #: We hung up on purpose; the shim goes on.
+    left: bool = False
 
     @property
     def address(self) -> str:
@@ -339,9 +343,8 @@ class Shims:
         shim.lost = True
         if self._by_address.get(key) is shim:
             del self._by_address[key]
-        if not shim.record.binary:
-            with contextlib.suppress(OSError):
-                os.unlink(socket_path(shim.record.address))
+        if shim.left:
+            return
         if shim.tasks and self.on_lost is not None:
             await self.on_lost(shim)
 
@@ -356,7 +359,16 @@ class Shims:
             except errors.Error as error:
                 log.warning("shim of task %s in %s does not shut down: %s", task, shim.namespace, error)
             self._by_address.pop((shim.namespace, shim.record.address), None)
+            shim.left = True
             await shim.service.client.close()
+        self._remove_socket(shim.record)
+
+    @staticmethod
+    def _remove_socket(record: Record) -> None:
+        """Remove the socket of one of our shims that is gone."""
+        if not record.binary:
+            with contextlib.suppress(OSError):
+                os.unlink(socket_path(record.address))
 
     def watch_log(self, bundle: Bundle, record: Record) -> None:
         """Read the log of a foreign shim again after a restart."""
@@ -380,6 +392,8 @@ class Shims:
                 runtime, root = record.oci_runtime, record.oci_root
             else:
                 runtime, root = self.oci(None)
+            if record is not None and not self._in_use(record):
+                await self._end_process(record)
             remains = await asyncio.wait_for(
                 self._zygote.cleanup(
                     namespace=bundle.namespace, container=bundle.id, bundle=str(bundle.path), runtime=runtime,
@@ -398,11 +412,25 @@ class Shims:
             raise errors.Unknown(f"shim {binary} delete printed no DeleteResponse") from error
         return Exit(found.exit_status, seconds(found.exited_at), found.pid)
 
+    def _in_use(self, record: Record) -> bool:
+        """Whether we are connected to the shim of `record`."""
+        return any(shim.record.address == record.address and not shim.lost for shim in self._by_address.values())
+
+    async def _end_process(self, record: Record) -> None:
+        """Make sure that the process of a shim that answers nobody is gone, and its socket."""
+        if record.pid and processes.send_signal(record.pid, record.start_time, signal.SIGKILL):
+            with contextlib.suppress(TimeoutError):
+                await wait_until(
+                    lambda: not processes.is_alive(record.pid, record.start_time), self._config.cleanup_timeout, "shim"
+                )
+        if record.address:
+            self._remove_socket(record)
+
     async def close(self) -> None:
         """Hang up on every shim; they go on."""
         self.on_lost = None
         shims, self._by_address = list(self._by_address.values()), {}
         for shim in shims:
-            shim.tasks.clear()
+            shim.left = True
             await shim.service.client.close()
         self._logs.close_all()

@@ -60,8 +60,30 @@ class Task:
     trouble: str = ""
     #: The CRIU image that it is restored from.
     checkpoint: Path | None = None
+    #: How it ended, when its shim could not tell.
     exited: Exit | None = None
-    buried: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Whether task and bundle are gone.
+    buried: bool = False
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def attach_shim(self, shim: Shim | None, trouble: str = "") -> None:
+        """Take another shim, or none for `trouble`; wakes those in `wait_settled`."""
+        self.shim, self.trouble = shim, trouble
+        self._wake()
+
+    def bury(self) -> None:
+        """The task is gone; wakes those in `wait_settled`."""
+        self.buried = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def wait_settled(self, lost: Shim) -> None:
+        """Return when another shim took the place of `lost`, or the task is gone."""
+        while not self.buried and (self.shim is None or self.shim is lost):
+            await self._changed.wait()
 
     @property
     def id(self) -> str:

@@ -18,6 +18,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -147,6 +148,10 @@ class Tasks:
         with contextlib.suppress(errors.Error, TimeoutError):
             await self.shims.clean_up(bundle, record)
         await self._executors.run_io(bundle.delete)
+
+    def lock(self, task: Task) -> AbstractAsyncContextManager[None]:
+        """The lock that mutations of `task` hold."""
+        return self._locks.hold((task.namespace, task.id))
 
     async def drop(self, task: Task) -> None:
         """Remove a task that its shim does not know."""
@@ -279,7 +284,7 @@ class Tasks:
             log.error("task %s in %s: %s", task.id, task.namespace, error)
         if self._tasks.get((task.namespace, task.id)) is task:
             del self._tasks[task.namespace, task.id]
-        task.buried.set()
+        task.bury()
 
     # -- looking up --------------------------------------------------------------------------------
 
@@ -333,14 +338,17 @@ class Tasks:
     async def wait(self, namespace: str, container_id: str, exec_id: str = "") -> Exit:
         """How a process ended, as soon as it has. An exit that a dead shim left behind is found, too."""
         task, shim = await self._get(namespace, container_id)
-        try:
-            found = await shim.service.wait(container_id, exec_id)
-        except errors.Unavailable:
-            await task.buried.wait()
-            if task.exited is None:
-                raise
-            return task.exited
-        return replace(found, pid=task.pid) if not exec_id else found
+        while True:
+            try:
+                found = await shim.service.wait(container_id, exec_id)
+                return found if exec_id else replace(found, pid=task.pid)
+            except errors.Unavailable:
+                if not shim.service.client.closed:
+                    raise
+            await task.wait_settled(shim)
+            if task.buried or task.shim is None:
+                return task.exited or Exit(UNKNOWN_EXIT, time.time(), task.pid)
+            shim = task.shim
 
     async def delete(self, namespace: str, container_id: str, exec_id: str = "") -> Exit:
         """Take a stopped process away; for the task itself shim, bundle and mounts go, too."""
@@ -409,10 +417,10 @@ class Tasks:
         try:
             return await task.shim.service.state(task.id, "", timeout=self.config.state_timeout)
         except errors.NotFound:
-            return None if task.buried.is_set() else unknown
+            return None if task.buried else unknown
         except errors.Error as error:
             log.warning("state of task %s in %s: %s", task.id, task.namespace, error)
-            return None if task.buried.is_set() else unknown
+            return None if task.buried else unknown
 
     # -- the rest of the task API ------------------------------------------------------------------
 
@@ -520,11 +528,10 @@ class Tasks:
     async def _shim_lost(self, shim: Shim) -> None:
         """Clean up after every task of a shim whose connection ended."""
         for container_id in sorted(shim.tasks):
-            key = (shim.namespace, container_id)
-            task = self._tasks.get(key)
+            task = self._tasks.get((shim.namespace, container_id))
             if task is not None and task.shim is shim and task.created:
-                log.warning("the shim of task %s in %s ended", container_id, shim.namespace)
-                self._owner.start(self.bury_until_done(task), f"bury {container_id}")
+                log.warning("the connection to the shim of task %s in %s ended", container_id, shim.namespace)
+                self._owner.start(recovery.attend_again(self, task, shim), f"attend {container_id}")
 
     async def bury_until_done(self, task: Task) -> None:
         """Clean up after a dead shim, again and again until it works; the task stays listed meanwhile."""
@@ -543,8 +550,7 @@ class Tasks:
         except (errors.Error, TimeoutError, OSError) as error:
             log.error("cleaning up after the shim of task %s in %s: %s", task.id, task.namespace, error)
             if task.pid and processes.is_alive(task.pid):
-                task.shim = None
-                task.trouble = f"its shim ended and cleaning up failed: {error}"
+                task.attach_shim(None, f"its shim ended and cleaning up failed: {error}")
                 return False
             found = Exit(UNKNOWN_EXIT, time.time(), task.pid)
         pid = found.pid or task.pid

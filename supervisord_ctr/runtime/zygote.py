@@ -52,9 +52,9 @@ class Remains:
 class Zygote:
     """One zygote at a time. `start` returns when it answers; `close` ends it, shims live on."""
 
-    def __init__(self, *, python: str = sys.executable, module: str = "pctr_shim.zygote",
+    def __init__(self, *, command: Sequence[str] = (sys.executable, "-I", "-m", "pctr_shim.zygote"),
                  env: Mapping[str, str] | None = None) -> None:
-        self._command = (python, "-I", "-m", module)
+        self._command = tuple(command)
         self._env = env
         self._owner = TaskOwner("zygote")
         self._ready = asyncio.Event()
