@@ -199,7 +199,7 @@ def children(document: Manifest | Index) -> tuple[Descriptor, ...]:
 
 
 def gc_labels(descriptors: Sequence[Descriptor]) -> dict[str, str]:
-    """The labels that keep children alive with their parent: `….m.0`, `.config`, `.l.0`, numbered as containerd does."""
+    """The labels that keep children alive with their parent (`m.0`, `config`, `l.0` …), numbered as in containerd."""
     labels: dict[str, str] = {}
     counts: dict[str, int] = {}
     for child in descriptors:

@@ -19,7 +19,8 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _ARCHITECTURES = {
     "x86_64": ("amd64", ""), "x86-64": ("amd64", ""), "i386": ("386", ""), "i486": ("386", ""), "i586": ("386", ""),
     "i686": ("386", ""), "aarch64": ("arm64", ""), "arm64": ("arm64", ""), "armhf": ("arm", "v7"),
-    "armel": ("arm", "v6"), "armv7l": ("arm", "v7"), "armv6l": ("arm", "v6"), "ppc64le": ("ppc64le", ""), "s390x": ("s390x", ""),
+    "armel": ("arm", "v6"), "armv7l": ("arm", "v7"), "armv6l": ("arm", "v6"),
+    "ppc64le": ("ppc64le", ""), "s390x": ("s390x", ""),
     "riscv64": ("riscv64", ""), "loongarch64": ("loong64", ""),
 }
 _KNOWN = {
