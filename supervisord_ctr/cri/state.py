@@ -289,6 +289,12 @@ class State:
         self._pods[pod.id] = pod
         self._pod_names[pod.name] = pod.id
 
+    def drop_pod(self, pod: Pod) -> None:
+        """Take a pod out of memory, its record apart."""
+        self._pods.pop(pod.id, None)
+        if self._pod_names.get(pod.name) == pod.id:
+            del self._pod_names[pod.name]
+
     async def save_pod(self, pod: Pod) -> None:
         """Write the record; readers see the change from now on."""
         pod.changed()

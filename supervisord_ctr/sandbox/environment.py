@@ -164,16 +164,16 @@ class Environments:
         pinned = {entry.target for entry in mounts.mounts_below(self.files(wanted.id).folder) if entry.fstype == "nsfs"}
         return all(os.path.realpath(self.namespace(wanted.id, kind)) in pinned for kind in kinds)
 
-    def drop_network_namespace(self, pod_id: str) -> None:
-        """Let go of the network namespace: the kernel removes it with its last process."""
-        namespaces.unpin(self.namespace(pod_id, "net"))
+    def drop(self, pod_id: str) -> None:
+        """Let go of namespaces and /dev/shm; the files stay, since containers that ended still name them."""
+        unmount_shm(self.files(pod_id))
+        for kind in ("net", "ipc", "uts", "user"):
+            namespaces.unpin(self.namespace(pod_id, kind))
 
     def remove(self, pod_id: str) -> None:
         """Take everything down; what is gone already is no error."""
         folder = self.files(pod_id).folder
-        unmount_shm(self.files(pod_id))
-        for kind in ("net", "ipc", "uts", "user"):
-            namespaces.unpin(self.namespace(pod_id, kind))
+        self.drop(pod_id)
         for entry in mounts.mounts_below(folder):
             mounts.unmount_all(entry.target)
         _remove_folder(folder)

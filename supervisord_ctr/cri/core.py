@@ -1,0 +1,222 @@
+"""What every concern of the CRI room works with, handed over as one value.
+
+Owns no logic: the stores, the parts it is wired to (as Protocols, because their rooms are
+siblings), the memory, and the book of stages that tells what an operation is doing and since when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from supervisord_ctr import errors
+from supervisord_ctr.aio import Executors, KeyedLock, Operations, TaskOwner
+from supervisord_ctr.api.runc.v1 import options_pb2
+from supervisord_ctr.cri.events import EventHub
+from supervisord_ctr.cri.state import State
+from supervisord_ctr.cri.stats import StatsCollector
+from supervisord_ctr.model import Exit, Mount, Runtime, TaskStatus, TypedValue
+from supervisord_ctr.settings import RuntimeClass, Settings
+
+if TYPE_CHECKING:
+    from supervisord_ctr.cri.image_store import ImageStore
+    from supervisord_ctr.events import Exchange
+    from supervisord_ctr.metadata import Database
+    from supervisord_ctr.sandbox.environment import Environments
+    from supervisord_ctr.sandbox.network import PodNetworks
+    from supervisord_ctr.sandbox.pause import Forker
+
+
+class TaskView(Protocol):
+    """What a task tells of itself."""
+
+    @property
+    def status(self) -> TaskStatus: ...
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def exit_status(self) -> int: ...
+
+    @property
+    def exited_at(self) -> float: ...
+
+
+class Tasks(Protocol):
+    """`runtime.Tasks`, as far as it is used here."""
+
+    async def create(
+        self, namespace: str, container_id: str, *, rootfs: Sequence[Mount] | None, stdin: str = "",
+        stdout: str = "", stderr: str = "", terminal: bool = False, checkpoint: Path | None = None,
+        options: TypedValue | None = None, runtime_path: str = "",
+    ) -> int: ...
+
+    async def start(self, namespace: str, container_id: str, exec_id: str = "") -> int: ...
+
+    async def exec(
+        self, namespace: str, container_id: str, exec_id: str, *, spec: TypedValue, stdin: str = "", stdout: str = "",
+        stderr: str = "", terminal: bool = False,
+    ) -> None: ...
+
+    async def kill(
+        self, namespace: str, container_id: str, exec_id: str = "", signal: int = 15, all_: bool = False
+    ) -> None: ...
+
+    async def delete(self, namespace: str, container_id: str, exec_id: str = "") -> Exit: ...
+
+    async def wait(self, namespace: str, container_id: str, exec_id: str = "") -> Exit: ...
+
+    async def state(self, namespace: str, container_id: str, exec_id: str = "") -> TaskView: ...
+
+    async def update(
+        self, namespace: str, container_id: str, resources: TypedValue | None, annotations: Mapping[str, str]
+    ) -> None: ...
+
+    async def resize(self, namespace: str, container_id: str, exec_id: str, width: int, height: int) -> None: ...
+
+    async def close_io(self, namespace: str, container_id: str, exec_id: str = "", stdin: bool = True) -> None: ...
+
+    async def attach(
+        self, namespace: str, container_id: str, exec_id: str = "", *, stdin: bool = False, stdout: bool = True,
+        stderr: bool = True,
+    ) -> Any: ...
+
+    async def reopen_log(self, namespace: str, container_id: str) -> None: ...
+
+    async def checkpoint(
+        self, namespace: str, container_id: str, path: str, options: TypedValue | None = None
+    ) -> None: ...
+
+    async def pids(self, namespace: str, container_id: str) -> Sequence[Any]: ...
+
+    async def exit_records(self, namespace: str, container_id: str) -> list[Any]: ...
+
+
+@dataclass
+class Stages:
+    """What runs, in which stage and since when, by name; the words of errors and of `pctr explain` (P22)."""
+
+    _now: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def track(self, name: str, first: str) -> Iterator[Stage]:
+        """Book an operation; an error that leaves the block says in which stage it happened."""
+        stage = Stage(self, name)
+        self._now[name] = (first, time.monotonic(), time.monotonic())
+        try:
+            yield stage
+        finally:
+            self._now.pop(name, None)
+
+    def enter(self, name: str, stage: str) -> None:
+        """The operation goes on to another stage."""
+        begun = self._now.get(name, ("", time.monotonic(), 0.0))[1]
+        self._now[name] = (stage, begun, time.monotonic())
+
+    def tell(self, name: str) -> str:
+        """"stage, for 1.2 s of 3.4 s", "" when nothing runs under that name."""
+        found = self._now.get(name)
+        if found is None:
+            return ""
+        stage, begun, entered = found
+        now = time.monotonic()
+        return f"{stage}, for {now - entered:.1f} s of {now - begun:.1f} s"
+
+    def leave(self, name: str) -> None:
+        """The operation is over."""
+        self._now.pop(name, None)
+
+    def all(self) -> dict[str, str]:
+        """Everything that runs."""
+        return {name: self.tell(name) for name in list(self._now)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A handle on one booked operation."""
+
+    book: Stages
+    name: str
+
+    def enter(self, stage: str) -> None:
+        """Go on to `stage`."""
+        self.book.enter(self.name, stage)
+
+
+@dataclass
+class Core:
+    """Everything."""
+
+    settings: Settings
+    database: Database
+    tasks: Tasks
+    exchange: Exchange
+    executors: Executors
+    owner: TaskOwner
+    operations: Operations
+    state: State
+    events: EventHub
+    environments: Environments
+    networks: PodNetworks
+    forker: Forker
+    images: ImageStore
+    root: Path
+    run: Path
+    stages: Stages = field(default_factory=Stages)
+    locks: KeyedLock = field(default_factory=KeyedLock)
+    exits: dict[str, asyncio.Event] = field(default_factory=dict)
+    closing: bool = False
+    stats: StatsCollector = field(default_factory=StatsCollector)
+
+    def handler(self, name: str) -> tuple[str, RuntimeClass]:
+        """The runtime class of a handler's name, "" being the default; raises `InvalidArgument`."""
+        wanted = name or self.settings.runtime.default
+        found = self.settings.runtime.classes.get(wanted)
+        if found is None:
+            known = ", ".join(sorted(self.settings.runtime.classes))
+            raise errors.InvalidArgument(
+                f"no runtime for {wanted!r} is configured; known handlers: {known}", kind="runtime handler", key=wanted
+            )
+        return wanted, found
+
+    def snapshotter(self, handler: str) -> str:
+        """The snapshotter that a handler's containers use."""
+        _, found = self.handler(handler)
+        return found.snapshotter or self.settings.snapshots.default
+
+    def systemd_cgroups(self, handler: str) -> bool:
+        """Whether a handler's cgroups are made by systemd."""
+        _, found = self.handler(handler)
+        return found.systemd_cgroup or self.settings.cri.cgroup_driver == "systemd"
+
+    def runtime(self, handler: str) -> Runtime:
+        """What is stored with a container: the runtime's name and its options."""
+        _, found = self.handler(handler)
+        options = options_pb2.Options(
+            binary_name=found.binary, root=found.root, systemd_cgroup=self.systemd_cgroups(handler)
+        )
+        return Runtime(found.type, TypedValue("containerd.runc.v1.Options", options.SerializeToString()))
+
+    def pod_folder(self, pod_id: str) -> Path:
+        """Where a pod keeps what must survive a reboot."""
+        return self.root / "sandboxes" / pod_id
+
+    def container_folder(self, container_id: str) -> Path:
+        """Where a container keeps what must survive a reboot (its volumes)."""
+        return self.root / "containers" / container_id
+
+    @contextlib.asynccontextmanager
+    async def hold(self, key: str, what: str) -> AsyncIterator[None]:
+        """The lock of a pod or container; what runs under it is told by `stages`."""
+        async with self.locks.hold(key):
+            self.stages.enter(key, what)
+            try:
+                yield
+            finally:
+                self.stages.leave(key)

@@ -1,0 +1,110 @@
+"""Image volumes: the content of an image, read-only, as a mount of a container.
+
+Owns a view snapshot and a mount for each, both named after the container, and their removal. A sub
+path is opened inside the mounted image (S2): links in the image lead nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from supervisord_ctr import errors
+from supervisord_ctr.cri import ids
+from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.state import Container
+from supervisord_ctr.linux import files
+from supervisord_ctr.linux import mounts as system_mounts
+from supervisord_ctr.model import Mount
+from supervisord_ctr.names import CRI_NAMESPACE, LABEL_GC_ROOT, check_line
+
+
+def folder_of(core: Core, container_id: str) -> Path:
+    """Where a container's image volumes are mounted."""
+    return core.run / "image-volumes" / container_id
+
+
+async def mount_all(core: Core, container: Container) -> None:
+    """Mount every image volume and put its path into the request's mount, as if it were a host path."""
+    for index, mount in enumerate(container.config.mounts):
+        if not mount.HasField("image") or not mount.image.image:
+            continue
+        if not mount.readonly:
+            raise errors.InvalidArgument(
+                f"image volume at {mount.container_path!r} must be read-only", kind="mount", key=mount.container_path
+            )
+        if mount.host_path:
+            raise errors.InvalidArgument(
+                f"mount at {mount.container_path!r} has both an image and a host path", kind="mount"
+            )
+        check_line(mount.image_sub_path, "image sub path")
+        if mount.image_sub_path.startswith("/") or ".." in mount.image_sub_path.split("/"):
+            raise errors.InvalidArgument(
+                f"image sub path {mount.image_sub_path!r} must be relative and hold no '..'", kind="mount"
+            )
+        image = await core.images.resolve(mount.image.image)
+        key = f"{container.id}-volume-{index}"
+        container.image_mounts.append(key)
+        snapshotter = core.database.snapshotter(container.snapshotter)
+        labels = {LABEL_GC_ROOT: ids.KIND_CONTAINER}
+        try:
+            layers = await snapshotter.view(CRI_NAMESPACE, key, image.chain_id, labels)
+        except errors.NotFound:
+            await core.images.unpack(image, container.snapshotter)
+            layers = await snapshotter.view(CRI_NAMESPACE, key, image.chain_id, labels)
+        target = folder_of(core, container.id) / str(index)
+        path = await core.executors.run_io(_mount, layers, target, mount.image_sub_path)
+        mount.host_path, mount.image.image_ref = path, image.id
+
+
+def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str) -> str:
+    """Mount the view and return what to bind: the mount, or a bind mount of what is at `sub_path` in it."""
+    whole = target.with_name(target.name + "-image") if sub_path else target
+    whole.mkdir(mode=0o711, parents=True, exist_ok=True)
+    system_mounts.mount_all([Mount(m.type, m.source, (*m.options, "ro"), m.target) for m in layers], whole)
+    if not sub_path:
+        return str(whole)
+    root = files.open_root(whole)
+    try:
+        try:
+            fd = files.open_in_root(root, sub_path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise errors.NotFound(
+                f"image sub path {sub_path!r} cannot be opened in the image: {error.strerror}", kind="mount"
+            ) from error
+        try:
+            if os.path.isdir(f"/proc/self/fd/{fd}"):
+                target.mkdir(mode=0o711, exist_ok=True)
+            else:
+                raise errors.InvalidArgument(
+                    f"image sub path {sub_path!r} is not a directory", kind="mount", key=sub_path
+                )
+            system_mounts.mount(f"/proc/self/fd/{fd}", str(target), "", system_mounts.MS_BIND)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(root)
+    return str(target)
+
+
+async def unmount_all(core: Core, container: Container) -> None:
+    """Take the mounts and views away; each may be gone."""
+    folder = folder_of(core, container.id)
+    await core.executors.run_io(_unmount, folder)
+    snapshotter = core.database.snapshotter(container.snapshotter)
+    for key in container.image_mounts:
+        try:
+            await snapshotter.remove(CRI_NAMESPACE, key)
+        except errors.NotFound:
+            continue
+
+
+def _unmount(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    names = sorted(entry.name for entry in os.scandir(folder))
+    for name in sorted(names, key=lambda text: text.endswith("-image")):
+        system_mounts.unmount_all(folder / name)
+    for name in names:
+        os.rmdir(folder / name)
+    os.rmdir(folder)

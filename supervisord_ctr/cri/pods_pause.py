@@ -1,0 +1,36 @@
+"""The pause process of a pod: made when the first container needs a PID namespace shared by the pod."""
+
+from __future__ import annotations
+
+from supervisord_ctr import errors
+from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
+from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.state import Pod
+from supervisord_ctr.sandbox import pause
+
+
+async def ensure_pause(core: Core, pod: Pod) -> int:
+    """The PID of the pod's pause process, started now if there is none yet.
+
+    Raises `FailedPrecondition` when it is gone: the pod's PID namespace went with it, so the pod is
+    no longer whole and must be made anew.
+    """
+    async with core.locks.hold((pod.id, "pause")):
+        if pod.pause_pid:
+            if pause.alive(pod.pause_pid, pod.pause_start):
+                return pod.pause_pid
+            raise errors.FailedPrecondition(
+                f"the process that holds the pid namespace of sandbox {pod.id!r} is gone", kind="sandbox", key=pod.id
+            )
+        own = core.environments.namespace
+        options = pod.namespaces
+        pid, started = await core.forker.fork_pause(
+            netns="" if pod.host_network else str(own(pod.id, "net")),
+            ipcns="" if options.ipc == pb.NODE else str(own(pod.id, "ipc")),
+            utsns="" if pod.host_network else str(own(pod.id, "uts")),
+            userns=str(own(pod.id, "user")) if options.userns_options.uids else "",
+            hostname=pod.config.hostname,
+        )
+        pod.pause_pid, pod.pause_start = pid, started
+        await core.state.save_pod(pod)
+        return pid

@@ -1,0 +1,186 @@
+"""What carries out exec, attach and port-forward for the streaming server.
+
+Owns moving bytes between a client's streams and a container's. Backpressure goes all the way: an
+exec whose client does not read fills its own pipe and waits; an attached client that does not read
+is cut off by the shim (P9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from supervisord_ctr import errors
+from supervisord_ctr.cri import exec_process
+from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.state import Pod
+from supervisord_ctr.linux import namespaces
+from supervisord_ctr.names import CRI_NAMESPACE
+from supervisord_ctr.streaming import ByteReader, ByteWriter
+
+_STDOUT, _STDERR = 1, 2
+
+
+class StreamingBackend:
+    """`streaming.Backend` over the CRI room."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def exec(
+        self, container_id: str, argv: Sequence[str], *, tty: bool, stdin: ByteReader | None,
+        stdout: ByteWriter | None, stderr: ByteWriter | None, resize: AsyncIterator[tuple[int, int]],
+    ) -> int:
+        """Run a command with the client's streams; returns its exit code."""
+        container = exec_process.running_container(self._core, container_id)
+        async with exec_process.started(
+            self._core, container, argv, tty=tty, stdin=stdin is not None, stdout=stdout is not None,
+            stderr=stderr is not None,
+        ) as running:
+            owner = self._core.owner
+            outputs = [
+                owner.start(_copy_out(running, path, writer), "exec output")
+                for path, writer in ((running.pipes.stdout, stdout), (running.pipes.stderr, stderr))
+                if path and writer is not None
+            ]
+            helpers = []
+            if stdin is not None:
+                helpers.append(owner.start(_copy_in(running, stdin), "exec stdin"))
+            if tty:
+                helpers.append(owner.start(_resize_exec(running, resize), "exec resize"))
+            try:
+                found = await running.wait()
+                if outputs:
+                    await asyncio.wait(outputs, timeout=self._core.settings.cri.drain_exec_io_timeout)
+                return found.status
+            finally:
+                await _end_tasks([*outputs, *helpers])
+
+    async def attach(
+        self, container_id: str, *, tty: bool, stdin: ByteReader | None, stdout: ByteWriter | None,
+        stderr: ByteWriter | None, resize: AsyncIterator[tuple[int, int]],
+    ) -> None:
+        """Join a running container's streams until its process ends or the client leaves."""
+        container = exec_process.running_container(self._core, container_id)
+        connection = await self._core.tasks.attach(
+            CRI_NAMESPACE, container.id, stdin=stdin is not None, stdout=stdout is not None, stderr=stderr is not None
+        )
+        owner = self._core.owner
+        once = container.config.stdin_once and not container.config.tty
+        helpers = []
+        if stdin is not None:
+            helpers.append(owner.start(_feed(connection, stdin, once), "attach stdin"))
+        if tty:
+            helpers.append(owner.start(_resize_attached(connection, resize), "attach resize"))
+        try:
+            await _show(connection, {_STDOUT: stdout, _STDERR: stderr})
+        finally:
+            await _end_tasks(helpers)
+            await connection.close()
+
+    async def port_forward(self, sandbox_id: str, port: int) -> socket.socket:
+        """A connection to `port` on the loopback of the pod, IPv4 first, then IPv6."""
+        pod = self._core.state.pod(sandbox_id)
+        if not pod.ready:
+            raise errors.FailedPrecondition(
+                f"sandbox container {pod.id!r} is not running", kind="sandbox", key=pod.id
+            )
+        failure: OSError | None = None
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            try:
+                connection = await self._core.executors.run_io(self._socket, pod, family)
+            except OSError as error:
+                failure = failure or error
+                continue
+            try:
+                await asyncio.get_running_loop().sock_connect(connection, (address, port))
+            except OSError as error:
+                connection.close()
+                failure = failure if isinstance(failure, ConnectionRefusedError) else error
+                continue
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        raise errors.Unavailable(
+            f"failed to connect to localhost:{port} inside sandbox {pod.id!r}: {failure}", kind="sandbox", key=pod.id
+        )
+
+    def _socket(self, pod: Pod, family: socket.AddressFamily) -> socket.socket:
+        def make() -> socket.socket:
+            return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+
+        if pod.host_network:
+            return make()
+        path: Path = self._core.environments.namespace(pod.id, "net")
+        return namespaces.in_netns(path, make)
+
+
+async def _end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _copy_out(running: exec_process.Running, path: str, writer: ByteWriter) -> None:
+    """Process to client; a client that closed this stream leaves the process a reader all the same."""
+    broken = False
+    while data := await running.pipes.read(path):
+        if broken:
+            continue
+        try:
+            await writer.write(data)
+        except BrokenPipeError:
+            broken = True
+    with contextlib.suppress(BrokenPipeError):
+        await writer.close()
+
+
+async def _copy_in(running: exec_process.Running, reader: ByteReader) -> None:
+    """Client to process, to the end of either."""
+    with contextlib.suppress(BrokenPipeError):
+        while data := await reader.read():
+            await running.pipes.write_stdin(data)
+    await running.close_stdin()
+
+
+async def _resize_exec(running: exec_process.Running, sizes: AsyncIterator[tuple[int, int]]) -> None:
+    async for width, height in sizes:
+        with contextlib.suppress(errors.Error):
+            await running.resize(width, height)
+
+
+async def _resize_attached(connection: Any, sizes: AsyncIterator[tuple[int, int]]) -> None:
+    async for width, height in sizes:
+        await connection.resize(width, height)
+
+
+async def _feed(connection: Any, reader: ByteReader, once: bool) -> None:
+    """Client to container; the end closes the container's input only where it asked for that."""
+    while data := await reader.read():
+        await connection.write(data)
+    if once:
+        await connection.close_stdin()
+
+
+async def _show(connection: Any, writers: dict[int, ByteWriter | None]) -> None:
+    while (frame := await connection.read()) is not None:
+        if frame.control is not None:
+            if "error" in frame.control:
+                raise errors.Unavailable(str(frame.control["error"]), kind="attach")
+            if "exit" in frame.control:
+                return
+            continue
+        writer = writers.get(frame.channel)
+        if writer is None:
+            continue
+        try:
+            await writer.write(frame.data)
+        except BrokenPipeError:
+            writers[frame.channel] = None
+            if not any(writers.values()):
+                return
