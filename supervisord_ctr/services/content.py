@@ -49,6 +49,7 @@ class _Session:
     writer: ContentWriter
     total: int
     expected: str
+    lease: str | None
     committed: bool = field(default=False)
 
 
@@ -82,11 +83,14 @@ class ContentService(content_pb2_grpc.ContentServicer):
         return empty_pb2.Empty()
 
     async def Read(self, request: pb.ReadContentRequest, context: Context) -> AsyncIterator[pb.ReadContentResponse]:
-        """The window from `offset`: `size` bytes, or to the end for 0; OUT_OF_RANGE beyond the end."""
+        """The window from `offset`: `size` bytes, or to the end for 0; OUT_OF_RANGE beyond the end.
+
+        Offsets in the answers count from the start of the window, as containerd's do.
+        """
         namespace, digest = namespace_of(context), check_digest(request.digest)
         reader = await self._content.reader(namespace, digest)
         try:
-            offset = max(0, request.offset)
+            begin = offset = max(0, request.offset)
             if offset > reader.size:
                 raise OutOfRange(f"read past object length {reader.size} bytes", kind="content", key=digest)
             end = reader.size
@@ -96,7 +100,7 @@ class ContentService(content_pb2_grpc.ContentServicer):
                 data = await reader.read_at(min(_PIECE, end - offset), offset)
                 if not data:
                     raise OutOfRange(f"content {digest} ends at {offset} of {reader.size} bytes", key=digest)
-                yield pb.ReadContentResponse(offset=offset, data=data)
+                yield pb.ReadContentResponse(offset=offset - begin, data=data)
                 offset += len(data)
         finally:
             reader.close()
@@ -144,7 +148,7 @@ class ContentService(content_pb2_grpc.ContentServicer):
         writer = await self._content.writer(
             namespace, request.ref, size=request.total, expected=request.expected, lease=lease
         )
-        return _Session(namespace, request.ref, writer, request.total, request.expected)
+        return _Session(namespace, request.ref, writer, request.total, request.expected, lease)
 
     async def _step(self, session: _Session, request: pb.WriteContentRequest) -> pb.WriteContentResponse:
         writer = session.writer
@@ -174,7 +178,7 @@ class ContentService(content_pb2_grpc.ContentServicer):
         if request.action == pb.WriteAction.COMMIT:
             await writer.commit(session.total, session.expected, dict(request.labels))
             session.committed = True
-            answer.digest = writer.digest()
+        answer.digest = writer.digest()
         return answer
 
     async def _expect(self, session: _Session, digest: str) -> None:
@@ -185,5 +189,5 @@ class ContentService(content_pb2_grpc.ContentServicer):
         except NotFound:
             return
         await session.writer.close()
-        await self._content.abort(session.namespace, session.ref)
+        await self._content.abort(session.namespace, session.ref, lease=session.lease)
         raise AlreadyExists(f"blob with expected digest {digest} exists", kind="content", key=digest)
