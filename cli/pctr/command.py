@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pctr.options import SUPPRESS
+
 if TYPE_CHECKING:
     from typing import Protocol
 
@@ -106,9 +108,11 @@ class Context:
 
 
 def global_options(parser: Arguments, *, default: Any) -> None:
+    """Options of every command; `-a` only before the command's name, where no command has its own."""
     group = parser.add_argument_group("connection")
+    names = ("--address",) if default == SUPPRESS else ("-a", "--address")
     group.add_argument(
-        "-a", "--address", metavar="SOCKET", default=default,
+        *names, metavar="SOCKET", default=default,
         help=f"the daemon's socket (PCTR_ADDRESS, CONTAINERD_ADDRESS; default: {DEFAULT_ADDRESS})",
     )
     group.add_argument(

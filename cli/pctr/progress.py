@@ -1,0 +1,104 @@
+"""Progress of a pull or push: a bar for each blob on a terminal, a line for each elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from pctr.output import human_size, plain
+from supervisord_ctr.api.types.transfer import transfer_pb2
+
+_DONE = ("complete", "done", "extracted", "unpacked", "already exists", "exists", "saved", "pushed", "uploaded")
+
+
+class Display(Protocol):
+    """Shows progress for the length of a block."""
+
+    def update(self, progress: transfer_pb2.Progress) -> None:
+        """One report."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        ...
+
+
+def display(quiet: bool, stream: TextIO = sys.stderr) -> Display:
+    """The display that fits where the output goes."""
+    if quiet:
+        return _Silent()
+    return _Bars(stream) if stream.isatty() else _Lines(stream)
+
+
+def short(name: str) -> str:
+    """A digest in 12 digits, other names whole."""
+    algorithm, colon, digits = name.rpartition(":")
+    if colon and len(digits) >= 64:
+        return f"{algorithm}:{digits[:12]}"
+    return name
+
+
+class _Silent:
+    def update(self, progress: transfer_pb2.Progress) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
+class _Lines(_Silent):
+    """Prints a line when a part begins and when it is done."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._seen: dict[str, str] = {}
+
+    def update(self, progress: transfer_pb2.Progress) -> None:
+        """A line whenever the state of a part changes."""
+        name = plain(short(progress.name) if progress.name else "")
+        state = plain(progress.event)
+        if self._seen.get(name) == state:
+            return
+        self._seen[name] = state
+        total = progress.total or progress.desc.size
+        size = f"  {human_size(total)}" if total and name else ""
+        self._stream.write(f"{name + ': ' if name else ''}{state}{size}\n")
+        self._stream.flush()
+
+
+class _Bars(_Silent):
+    """Live bars by rich."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
+            TransferSpeedColumn(), TextColumn("{task.fields[state]}", markup=False), console=Console(file=stream),
+        )
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, progress: transfer_pb2.Progress) -> None:
+        """Move the part's bar."""
+        name = plain(short(progress.name) or progress.event)
+        state = plain(progress.event)
+        total = progress.total or progress.desc.size or None
+        if name not in self._tasks:
+            self._tasks[name] = int(self._bars.add_task(name, total=total, state=state))
+        finished = state.lower() in _DONE
+        completed = total if finished and total else progress.progress
+        from rich.progress import TaskID
+
+        self._bars.update(TaskID(self._tasks[name]), total=total, completed=completed or 0, state=state)

@@ -1,0 +1,211 @@
+"""The transfer service as a client sees it: streams beside the call, progress, credentials, data.
+
+Owns one transfer at a time. A daemon without the service answers `Unimplemented`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from typing import BinaryIO, Protocol
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from pctr.command import new_id
+from pctr.rpc import STREAMING, TRANSFER, Call, Client
+from supervisord_ctr.api.services.streaming.v1 import streaming_pb2
+from supervisord_ctr.api.services.transfer.v1 import transfer_pb2 as service_pb2
+from supervisord_ctr.api.types.transfer import transfer_pb2
+
+_DATA_CHUNK = 32 << 10
+Progress = transfer_pb2.Progress
+
+
+class Sink(Protocol):
+    """Where progress goes; `pctr.progress` has two."""
+
+    def update(self, progress: Progress) -> None:
+        """One report."""
+
+
+def pack(message: Message) -> Any:
+    """A message as containerd packs it: the type URL is the bare name."""
+    return Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
+
+
+class Credentials:
+    """User and secret for registries: those given, else Docker's own configuration."""
+
+    def __init__(self, user: str = "") -> None:
+        self._name, colon, self._secret = user.partition(":")
+        if user and not colon:
+            import getpass
+
+            self._secret = getpass.getpass(f"password of {self._name}: ")
+        self._auths = {} if user else _docker_auths()
+
+    def __bool__(self) -> bool:
+        return bool(self._name or self._auths)
+
+    def answer(self, request: transfer_pb2.AuthRequest) -> transfer_pb2.AuthResponse:
+        """What to tell the daemon for a host; nothing for hosts that no credentials are for (S15)."""
+        return self.for_host(request.host)
+
+    def for_host(self, host: str) -> transfer_pb2.AuthResponse:
+        """The credentials of one host."""
+        name, secret = self.pair(host)
+        if not secret:
+            return transfer_pb2.AuthResponse(authType=transfer_pb2.NONE)
+        kind = transfer_pb2.CREDENTIALS if name else transfer_pb2.REFRESH
+        return transfer_pb2.AuthResponse(authType=kind, username=name, secret=secret)
+
+    def pair(self, host: str) -> tuple[str, str]:
+        """User and secret of one host, "" each when there are none."""
+        if self._name:
+            return self._name, self._secret
+        for key in (host, f"https://{host}", f"https://{host}/v1/", f"https://{host}/v2/"):
+            if key in self._auths:
+                return self._auths[key]
+        if host in ("docker.io", "registry-1.docker.io") and "https://index.docker.io/v1/" in self._auths:
+            return self._auths["https://index.docker.io/v1/"]
+        return "", ""
+
+
+def _docker_auths() -> dict[str, tuple[str, str]]:
+    folder = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            document = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    found: dict[str, tuple[str, str]] = {}
+    for host, entry in (document.get("auths") or {}).items():
+        if entry.get("identitytoken"):
+            found[host] = ("", entry["identitytoken"])
+        elif entry.get("auth"):
+            try:
+                name, _, secret = base64.b64decode(entry["auth"]).decode().partition(":")
+            except ValueError:
+                continue
+            found[host] = (name, secret.rstrip("\0"))
+        elif entry.get("username"):
+            found[host] = (entry["username"], entry.get("password", ""))
+    return found
+
+
+class Transfer:
+    """One transfer with its streams. Make streams first, then `run`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._handlers: list[tuple[Call[Any], Callable[[Call[Any], Any], None]]] = []
+        self._feeds: list[_Feed] = []
+
+    def open_stream(self, handle: Callable[[Call[Any], Any], None]) -> str:
+        """A stream whose messages go to `handle`; returns the id to state in the request."""
+        name = f"pctr-{new_id()}"
+        call = self._client.stream(STREAMING + "Stream", Any)
+        call.send(pack(streaming_pb2.StreamInit(id=name)))
+        call.receive()  # the daemon's acknowledgement
+        self._handlers.append((call, handle))
+        return name
+
+    def credentials(self, credentials: Credentials) -> str:
+        """A stream on which the daemon asks for credentials."""
+
+        def handle(call: Call[Any], message: Any) -> None:
+            call.send(pack(credentials.answer(transfer_pb2.AuthRequest.FromString(message.value))))
+
+        return self.open_stream(handle)
+
+    def reading_into(self, target: BinaryIO) -> str:
+        """A stream whose data is written to `target`; the daemon is told how much it may send."""
+
+        def handle(call: Call[Any], message: Any) -> None:
+            data = transfer_pb2.Data.FromString(message.value).data
+            target.write(data)
+            call.send(pack(transfer_pb2.WindowUpdate(update=len(data))))
+
+        name = self.open_stream(handle)
+        self._handlers[-1][0].send(pack(transfer_pb2.WindowUpdate(update=2 * _DATA_CHUNK)))
+        return name
+
+    def sending_from(self, source: BinaryIO) -> str:
+        """A stream that carries `source` to the daemon, as far as it allows."""
+        feed = _Feed(source)
+        name = self.open_stream(feed.allow)
+        feed.call = self._handlers[-1][0]
+        self._feeds.append(feed)
+        return name
+
+    def run(self, source: Message, destination: Message, sink: Sink | None) -> None:
+        """The transfer; returns when it is done, raises what it failed with."""
+        options = service_pb2.TransferOptions()
+        if sink is not None:
+            def show(_: Call[Any], message: Any) -> None:
+                sink.update(transfer_pb2.Progress.FromString(message.value))
+
+            options.progress_stream = self.open_stream(show)
+        call = self._client.start(TRANSFER + "Transfer", service_pb2.TransferRequest(
+            source=pack(source), destination=pack(destination), options=options), Empty)
+        connection = self._client.connection
+        try:
+            while not call.done:
+                self._serve()
+                if not call.done:
+                    busy = any(feed.step() for feed in self._feeds)
+                    connection.pump(0.0 if busy else 0.5)
+            call.result()
+            self._drain()
+        finally:
+            for stream, _ in self._handlers:
+                stream.cancel()
+
+    def _serve(self) -> None:
+        for stream, handle in list(self._handlers):
+            while stream.done:
+                message = stream.receive()
+                if message is None:
+                    self._handlers.remove((stream, handle))
+                    break
+                handle(stream, message)
+
+    def _drain(self) -> None:
+        """What the streams still hold once the call has ended: the last progress, the last data."""
+        connection = self._client.connection
+        for _ in range(100):
+            self._serve()
+            if not connection.pump(0.01):
+                break
+        self._serve()
+
+
+class _Feed:
+    """Sends a file within the window that the daemon grants."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self.call: Call[Any] | None = None
+        self._source = source
+        self._window = 0
+        self._ended = False
+
+    def allow(self, _: Call[Any], message: Any) -> None:
+        """The daemon grants more."""
+        self._window += transfer_pb2.WindowUpdate.FromString(message.value).update
+
+    def step(self) -> bool:
+        """Send one piece if one may be sent."""
+        if self._ended or self._window <= 0 or self.call is None:
+            return False
+        data = self._source.read(min(_DATA_CHUNK, self._window))
+        if data:
+            self._window -= len(data)
+            self.call.send(pack(transfer_pb2.Data(data=data)))
+        else:
+            self._ended = True
+            self.call.close_send()
+        return True
