@@ -69,14 +69,16 @@ class Pipes:
             self._fds[path] = fd
 
     async def read(self, path: str, limit: int = CHUNK) -> bytes:
-        """Some bytes from a pipe that we read, b"" at its end."""
+        """Some bytes from a pipe that we read, b"" at its end.
+
+        The writer must have opened the pipe already: before that, an empty pipe looks ended.
+        """
         fd = self._fds[path]
         while True:
-            await wait_readable(fd)
             try:
                 return os.read(fd, limit)
             except BlockingIOError:
-                continue
+                await wait_readable(fd)
 
     async def write_stdin(self, data: bytes) -> None:
         """Write all of `data`; raises `BrokenPipeError` when the reader is gone."""

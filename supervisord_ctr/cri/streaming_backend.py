@@ -20,6 +20,7 @@ from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.linux import namespaces
 from supervisord_ctr.names import CRI_NAMESPACE
+from supervisord_ctr.runtime.attach import AttachConnection
 from supervisord_ctr.streaming import ByteReader, ByteWriter
 
 _STDOUT, _STDERR = 1, 2
@@ -42,11 +43,11 @@ class StreamingBackend:
             stderr=stderr is not None,
         ) as running:
             owner = self._core.owner
-            outputs = [
-                owner.start(_copy_out(running, path, writer), "exec output")
-                for path, writer in ((running.pipes.stdout, stdout), (running.pipes.stderr, stderr))
-                if path and writer is not None
-            ]
+            outputs = {}
+            for path, writer in ((running.pipes.stdout, stdout), (running.pipes.stderr, stderr)):
+                if path and writer is not None:
+                    output = _Output(running, path, writer)
+                    outputs[owner.start(output.copy(), "exec output")] = output
             helpers = []
             if stdin is not None:
                 helpers.append(owner.start(_copy_in(running, stdin), "exec stdin"))
@@ -54,8 +55,7 @@ class StreamingBackend:
                 helpers.append(owner.start(_resize_exec(running, resize), "exec resize"))
             try:
                 found = await running.wait()
-                if outputs:
-                    await asyncio.wait(outputs, timeout=self._core.settings.cri.drain_exec_io_timeout)
+                await _drain(outputs, self._core.settings.cri.drain_exec_io_timeout)
                 return found.status
             finally:
                 await _end_tasks([*outputs, *helpers])
@@ -66,18 +66,25 @@ class StreamingBackend:
     ) -> None:
         """Join a running container's streams until its process ends or the client leaves."""
         container = exec_process.running_container(self._core, container_id)
-        connection = await self._core.tasks.attach(
+        connection: AttachConnection = await self._core.tasks.attach(
             CRI_NAMESPACE, container.id, stdin=stdin is not None, stdout=stdout is not None, stderr=stderr is not None
         )
         owner = self._core.owner
         once = container.config.stdin_once and not container.config.tty
-        helpers = []
+        shown = owner.start(_show(connection, {_STDOUT: stdout, _STDERR: stderr}), "attach output")
+        helpers = [shown]
+        ends = [shown]
         if stdin is not None:
-            helpers.append(owner.start(_feed(connection, stdin, once), "attach stdin"))
+            helpers.append(owner.start(_feed(connection, stdin, once, shown), "attach stdin"))
+            if not once:
+                # Nothing more to say to a container that goes on: the client has detached.
+                ends.append(helpers[-1])
         if tty:
             helpers.append(owner.start(_resize_attached(connection, resize), "attach resize"))
         try:
-            await _show(connection, {_STDOUT: stdout, _STDERR: stderr})
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
             await _end_tasks(helpers)
             await connection.close()
@@ -126,18 +133,49 @@ async def _end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _copy_out(running: exec_process.Running, path: str, writer: ByteWriter) -> None:
-    """Process to client; a client that closed this stream leaves the process a reader all the same."""
-    broken = False
-    while data := await running.pipes.read(path):
-        if broken:
-            continue
-        try:
-            await writer.write(data)
-        except BrokenPipeError:
-            broken = True
-    with contextlib.suppress(BrokenPipeError):
-        await writer.close()
+class _Output:
+    """One output of an exec on its way to the client."""
+
+    def __init__(self, running: exec_process.Running, path: str, writer: ByteWriter) -> None:
+        self._running = running
+        self._path = path
+        self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._reading_since: float | None = self._loop.time()
+
+    @property
+    def quiet(self) -> float:
+        """Seconds for which nothing came; 0 while the client is waited for."""
+        return 0.0 if self._reading_since is None else self._loop.time() - self._reading_since
+
+    async def copy(self) -> None:
+        """Process to client; a client that closed this stream leaves the process a reader all the same."""
+        broken = False
+        while data := await self._running.pipes.read(self._path):
+            self._reading_since = None
+            if not broken:
+                try:
+                    await self._writer.write(data)
+                except BrokenPipeError:
+                    broken = True
+            self._reading_since = self._loop.time()
+            await asyncio.sleep(0)  # a pipe that is always full must not keep the loop to itself
+        with contextlib.suppress(BrokenPipeError):
+            await self._writer.close()
+
+
+async def _drain(outputs: dict[asyncio.Task[None], _Output], patience: float) -> None:
+    """Wait for what an ended process left in its pipes.
+
+    A child in the background may hold a pipe open for ever, so silence ends the wait; a client that
+    reads slowly does not, because what it has not read yet was written by the process itself.
+    """
+    pending = set(outputs)
+    while pending:
+        left = patience - min(outputs[task].quiet for task in pending)
+        if left <= 0:
+            return
+        _, pending = await asyncio.wait(pending, timeout=left)
 
 
 async def _copy_in(running: exec_process.Running, reader: ByteReader) -> None:
@@ -154,20 +192,26 @@ async def _resize_exec(running: exec_process.Running, sizes: AsyncIterator[tuple
             await running.resize(width, height)
 
 
-async def _resize_attached(connection: Any, sizes: AsyncIterator[tuple[int, int]]) -> None:
+async def _resize_attached(connection: AttachConnection, sizes: AsyncIterator[tuple[int, int]]) -> None:
     async for width, height in sizes:
         await connection.resize(width, height)
 
 
-async def _feed(connection: Any, reader: ByteReader, once: bool) -> None:
+async def _feed(
+    connection: AttachConnection, reader: ByteReader, once: bool, shown: asyncio.Task[None]
+) -> None:
     """Client to container; the end closes the container's input only where it asked for that."""
-    while data := await reader.read():
-        await connection.write(data)
-    if once:
-        await connection.close_stdin()
+    try:
+        while data := await reader.read():
+            await connection.write(data)
+        if once:
+            await connection.close_stdin()
+    except errors.Unavailable:
+        await asyncio.wait([shown])  # the process has ended; the other direction tells how
 
 
-async def _show(connection: Any, writers: dict[int, ByteWriter | None]) -> None:
+async def _show(connection: AttachConnection, writers: dict[int, ByteWriter | None]) -> None:
+    """Container to client until the process ends or the client has closed every output."""
     while (frame := await connection.read()) is not None:
         if frame.control is not None:
             if "error" in frame.control:
@@ -184,3 +228,4 @@ async def _show(connection: Any, writers: dict[int, ByteWriter | None]) -> None:
             writers[frame.channel] = None
             if not any(writers.values()):
                 return
+    raise errors.Unavailable("the connection to the container's streams was cut off", kind="attach")
