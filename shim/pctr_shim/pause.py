@@ -44,7 +44,7 @@ def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str
     cgroups.join(groups, os.getpid())
     libc.unshare(namespaces.CLONE_NEWPID)
     ready, stripped = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()  # noqa: TID251  the zygote's helper: this is where the pause process comes from
+    pid = libc.fork()
     if pid == 0:
         try:
             _strip(keep=stripped)

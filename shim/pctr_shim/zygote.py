@@ -60,10 +60,10 @@ import socket
 import sys
 from typing import Any
 
-from pctr_shim import cleanup, pause, serve
+from pctr_shim import cleanup, pause, serve, warm
 from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
 from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import cgroups, namespaces, processes
+from supervisord_ctr.linux import cgroups, libc, namespaces, processes
 from supervisord_ctr.ttrpc.server import listen
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Zygote:
         listener = listen(config.socket)
         try:
             faults.point(FORKED)
-            pid = os.fork()  # noqa: TID251  the zygote: this is where shims come from
+            pid = libc.fork()
             if pid == 0:
                 self._become_shim(config, listener, request)
         except OSError:
@@ -171,7 +171,7 @@ class Zygote:
                               ("netns", namespaces.CLONE_NEWNET))
         ]
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()  # noqa: TID251  the zygote: this is where pause processes come from
+        pid = libc.fork()
         if pid == 0:
             try:
                 self._connection.close()
@@ -199,7 +199,7 @@ class Zygote:
             str(request.get("runtime", "") or "runc"),
             str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
         )
-        if os.fork():  # noqa: TID251  the zygote's helper
+        if libc.fork():
             return
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -240,6 +240,7 @@ def main(arguments: list[str]) -> int:
     processes.set_name("pctr-zygote")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the daemon, which then closes our end
+    warm.warm_up()
     gc.collect()
     gc.freeze()
     Zygote(connection).run()

@@ -134,3 +134,14 @@ def inotify_init() -> int:
 def inotify_add_watch(fd: int, path: str, mask: int) -> int:
     """inotify_add_watch(2): the watch's descriptor."""
     return check(libc.inotify_add_watch(fd, os.fsencode(path), mask), path)
+
+
+def fork() -> int:
+    """fork(2) without Python's at-fork handlers: 0 in the child, its pid in the parent.
+
+    For processes with one thread that will not look back: the handlers (logging's locks, the threading
+    module's bookkeeping, the random module's seed) write to hundreds of pages that a child then no
+    longer shares, and with one thread none of them has anything to repair. Measured: a fresh child
+    has 0.4 MiB of memory of its own instead of 1.0 MiB.
+    """
+    return check(libc.fork())
