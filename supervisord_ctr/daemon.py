@@ -10,15 +10,52 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from supervisord_ctr import __version__
-from supervisord_ctr.aio import Executors, TaskOwner
+from supervisord_ctr.aio import Executors
+from supervisord_ctr.api.services.containers.v1.containers_pb2_grpc import add_ContainersServicer_to_server
+from supervisord_ctr.api.services.content.v1.content_pb2_grpc import add_ContentServicer_to_server
+from supervisord_ctr.api.services.events.v1.events_pb2_grpc import add_EventsServicer_to_server
+from supervisord_ctr.api.services.images.v1.images_pb2_grpc import add_ImagesServicer_to_server
+from supervisord_ctr.api.services.introspection.v1.introspection_pb2_grpc import add_IntrospectionServicer_to_server
+from supervisord_ctr.api.services.leases.v1.leases_pb2_grpc import add_LeasesServicer_to_server
+from supervisord_ctr.api.services.namespaces.v1.namespaces_pb2_grpc import add_NamespacesServicer_to_server
+from supervisord_ctr.api.services.sandbox.v1.sandbox_pb2_grpc import (
+    add_ControllerServicer_to_server,
+    add_StoreServicer_to_server,
+)
+from supervisord_ctr.api.services.snapshots.v1.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
+from supervisord_ctr.api.services.tasks.v1.tasks_pb2_grpc import add_TasksServicer_to_server
+from supervisord_ctr.api.services.version.v1.version_pb2_grpc import add_VersionServicer_to_server
 from supervisord_ctr.config import Config
+from supervisord_ctr.content import LocalContent
+from supervisord_ctr.events import Exchange
 from supervisord_ctr.lifecycle import Notifier, exclusive, make_private_folder, stop_signals
+from supervisord_ctr.metadata import Database, Engine
+from supervisord_ctr.model import Platform
+from supervisord_ctr.oci import limits
 from supervisord_ctr.rpc import RpcServer
+from supervisord_ctr.runtime import RuntimeConfig, Tasks, Zygote
+from supervisord_ctr.services.containers import ContainersService
+from supervisord_ctr.services.content import ContentService
+from supervisord_ctr.services.events import EventsService
+from supervisord_ctr.services.images import ImagesService
+from supervisord_ctr.services.introspection import IntrospectionService, Part, server_uuid
+from supervisord_ctr.services.leases import LeasesService
+from supervisord_ctr.services.namespaces import NamespacesService
+from supervisord_ctr.services.sandbox_controller import SandboxControllerService
+from supervisord_ctr.services.sandbox_store import SandboxStoreService
+from supervisord_ctr.services.snapshots import SnapshotsService
+from supervisord_ctr.services.tasks import TasksService
+from supervisord_ctr.services.version import VersionService
+from supervisord_ctr.settings import Settings
+from supervisord_ctr.snapshots import Snapshotter
+from supervisord_ctr.snapshots.native import NativeSnapshotter
+from supervisord_ctr.snapshots.overlay import OverlaySnapshotter
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +102,83 @@ class Daemon:
 
     async def _build(self, stack: AsyncExitStack) -> RpcServer:
         """Every part, lower floors first; `stack` undoes them in reverse."""
+        settings, root, state = self._settings, self._root, self._state
         executors = Executors.create()
         stack.callback(executors.close)
-        owner = TaskOwner("daemon")
-        stack.push_async_callback(owner.close)
-        raise NotImplementedError
+
+        exchange = Exchange()
+        content = LocalContent(root / "content")
+        engine = Engine(root / "metadata.db")
+        snapshotters: dict[str, Snapshotter] = {
+            "overlayfs": OverlaySnapshotter(root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors),
+            "native": NativeSnapshotter(root / "snapshots" / "native", engine.records("native"), executors),
+        }
+        database = Database(engine, content, snapshotters, exchange.publish, executors)
+        await database.open()
+        stack.push_async_callback(database.close)
+
+        zygote = Zygote()
+        await zygote.start()
+        stack.push_async_callback(zygote.close)
+        tasks = Tasks(state, root, database, exchange, zygote, executors, runtime_config(settings),
+                      address=str(self._address), adjust_spec=limits.clamp)
+        await tasks.recover()
+        stack.push_async_callback(tasks.close)
+
+        server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid,
+                           max_receive=settings.grpc.max_receive_size, max_send=settings.grpc.max_send_size)
+        native = "containerd.services."
+        server.add(f"{native}version.v1.Version", add_VersionServicer_to_server, VersionService())
+        server.add(f"{native}namespaces.v1.Namespaces", add_NamespacesServicer_to_server, NamespacesService(database))
+        server.add(f"{native}containers.v1.Containers", add_ContainersServicer_to_server, ContainersService(database))
+        server.add(f"{native}images.v1.Images", add_ImagesServicer_to_server, ImagesService(database))
+        server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
+        server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))
+        server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
+        server.add(f"{native}events.v1.Events", add_EventsServicer_to_server, EventsService(exchange))
+        server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server, TasksService(tasks, database, executors))
+        server.add(f"{native}introspection.v1.Introspection", add_IntrospectionServicer_to_server,
+                   IntrospectionService(parts(settings, root, database), server_uuid(root)))
+        server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
+        server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server,
+                   SandboxControllerService({"shim": tasks.sandboxes}, exchange))
+        return server
+
+
+def runtime_config(settings: Settings) -> RuntimeConfig:
+    """The runtime room's settings."""
+    chosen = settings.runtime.classes[settings.runtime.default]
+    own = {"io.containerd.pctr.v1"}
+    if chosen.own_shim:
+        own.add("io.containerd.runc.v2")
+    return RuntimeConfig(
+        default=chosen.type, own=frozenset(own), oci_runtime=chosen.binary or "runc", oci_root=chosen.root,
+        debug=settings.runtime.shim_debug,
+    )
+
+
+def parts(settings: Settings, root: Path, database: Database) -> list[Part]:
+    """What the introspection service tells: our parts under containerd's types and ids."""
+    found = [Part("io.containerd.content.v1", "content", {"root": str(root / "content")})]
+    for name, snapshotter in database.snapshotters.items():
+        found.append(Part("io.containerd.snapshotter.v1", name, {"root": str(root / "snapshots" / name)},
+                          sorted(snapshotter.capabilities), host_platform()))
+    found.append(Part("io.containerd.metadata.v1", "sqlite", {"path": str(root / "metadata.db")}))
+    found.append(Part("io.containerd.gc.v1", "scheduler"))
+    found.append(Part("io.containerd.runtime.v2", "task", platform=host_platform()))
+    found.append(Part("io.containerd.shim.v1", "manager"))
+    found.append(Part("io.containerd.differ.v1", "walking", platform=host_platform()))
+    found.append(Part("io.containerd.event.v1", "exchange"))
+    found.append(Part("io.containerd.transfer.v1", "local"))
+    found.append(Part("io.containerd.streaming.v1", "manager"))
+    for name in ("containers", "content", "diff", "events", "healthcheck", "images", "introspection", "leases",
+                 "mounts", "namespaces", "sandbox-controllers", "sandboxes", "snapshots", "streaming", "tasks",
+                 "transfer", "version", *(["cri"] if settings.cri.enabled else [])):
+        found.append(Part("io.containerd.grpc.v1", name))
+    return found
+
+
+def host_platform() -> Platform:
+    """The platform whose containers run here."""
+    machine = platform.machine()
+    return Platform("linux", {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine))
