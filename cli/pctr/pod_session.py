@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
@@ -250,6 +249,5 @@ def run_forward(ask_url: Callable[[], str], address: str, ports: list[tuple[int,
 
     try:
         asyncio.run(forward())
-    except* (errors.Error, Failed) as group:
+    except ExceptionGroup as group:
         raise group.exceptions[0] from None
-    sys.stdout.flush()

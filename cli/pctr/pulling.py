@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pctr.command import Context
 from pctr.image_config import host_platform, normalise
 from pctr.progress import display
-from pctr.transfer import Credentials, Sink, Transfer
+from pctr.transfer import Sink, Transfer
 from supervisord_ctr import errors
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.transfer import transfer_pb2
+
+if TYPE_CHECKING:
+    from supervisord_ctr.images.auth import Credentials
 
 
 class RegistryOptions(NamedTuple):
@@ -23,6 +27,11 @@ class RegistryOptions(NamedTuple):
     skip_verify: bool = False
     local: bool = False
 
+    @property
+    def by_daemon(self) -> bool:
+        """Whether the daemon may do it: it has no way to be told not to check a certificate."""
+        return not (self.local or self.skip_verify)
+
 
 def parse_platform(text: str) -> types_pb2.Platform:
     """`linux/arm/v7` as a message."""
@@ -32,13 +41,36 @@ def parse_platform(text: str) -> types_pb2.Platform:
     return types_pb2.Platform(os=words[0], architecture=words[1], variant=words[2])
 
 
-def resolver(options: RegistryOptions, transfer: Transfer) -> transfer_pb2.RegistryResolver:
+def credentials_for(name: str, user: str) -> Credentials | None:
+    """Credentials for the registry of `name`: those given, for that host only, else Docker's configuration."""
+    if user:
+        from supervisord_ctr.images.auth import Credential, Static
+
+        login, colon, secret = user.partition(":")
+        if not colon:
+            import getpass
+
+            secret = getpass.getpass(f"password of {login}: ")
+        domain = name.partition("/")[0]
+        hosts = {domain, "registry-1.docker.io"} if domain == "docker.io" else {domain}
+        return Static(frozenset(hosts), Credential(login, secret))
+    path = os.path.join(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
+    if not os.path.exists(path):
+        return None
+    from pathlib import Path
+
+    from supervisord_ctr.images.auth import DockerConfig
+
+    return DockerConfig(Path(path))
+
+
+def resolver(name: str, options: RegistryOptions, transfer: Transfer) -> transfer_pb2.RegistryResolver:
     """What the daemon needs to know about the registry."""
-    credentials = Credentials(options.user)
-    message = transfer_pb2.RegistryResolver(host_dir=options.hosts_dir)
+    credentials = credentials_for(name, options.user)
+    message = transfer_pb2.RegistryResolver(host_dir=os.path.abspath(options.hosts_dir) if options.hosts_dir else "")
     if options.plain_http:
         message.default_scheme = "http"
-    if credentials:
+    if credentials is not None:
         message.auth_stream = transfer.credentials(credentials)
     return message
 
@@ -53,7 +85,7 @@ def pull_image(
     name = normalise(name)
     wanted = [] if all_platforms else list(platforms) or [host_platform()]
     with display(quiet) as sink:
-        if not options.local:
+        if options.by_daemon:
             try:
                 _pull_by_daemon(context, name, wanted, snapshotter if unpack else "", labels or {}, options, sink)
                 return name
@@ -75,7 +107,7 @@ def _pull_by_daemon(
         for platform in platforms or [host_platform()]:
             store.unpacks.append(transfer_pb2.UnpackConfiguration(
                 platform=parse_platform(platform), snapshotter=snapshotter))
-    source = transfer_pb2.OCIRegistry(reference=name, resolver=resolver(options, transfer))
+    source = transfer_pb2.OCIRegistry(reference=name, resolver=resolver(name, options, transfer))
     transfer.run(source, store, sink)
 
 
@@ -86,12 +118,13 @@ def push_image(
     """Push an image under a name."""
     options = options or RegistryOptions()
     with display(quiet) as sink:
-        if not options.local:
+        if options.by_daemon:
             transfer = Transfer(context.client)
             try:
                 transfer.run(
                     transfer_pb2.ImageStore(name=local_name, platforms=map(parse_platform, platforms)),
-                    transfer_pb2.OCIRegistry(reference=remote_name, resolver=resolver(options, transfer)), sink,
+                    transfer_pb2.OCIRegistry(reference=remote_name, resolver=resolver(remote_name, options, transfer)),
+                    sink,
                 )
                 return
             except errors.Unimplemented:

@@ -131,41 +131,73 @@ def read_content(client: Client, digest: str, *, offset: int = 0, size: int = 0)
         yield part.data
 
 
+class Writer:
+    """One ingest: `offset` bytes are there already. Close it, committed or not."""
+
+    def __init__(self, client: Client, ref: str, *, digest: str = "", size: int = 0) -> None:
+        self._client = client
+        self.ref = ref
+        self.digest = digest
+        self._call = client.stream(CONTENT + "Write", content_pb2.WriteContentResponse)
+        self._call.send(content_pb2.WriteContentRequest(
+            action=content_pb2.STAT, ref=ref, total=size, expected=digest))
+        status = self._call.receive()
+        self.offset = status.offset if status is not None else 0
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        for at in range(0, len(data), _WRITE_CHUNK):
+            chunk = data[at:at + _WRITE_CHUNK]
+            self._call.send(content_pb2.WriteContentRequest(
+                action=content_pb2.WRITE, offset=self.offset, data=chunk))
+            answer = self._call.receive()
+            self.offset = answer.offset if answer is not None else self.offset + len(chunk)
+
+    def commit(self, labels: dict[str, str] | None = None) -> str:
+        """Commit what was written; its digest."""
+        self._call.send(content_pb2.WriteContentRequest(
+            action=content_pb2.COMMIT, total=self.offset, offset=self.offset, expected=self.digest,
+            labels=labels or {},
+        ))
+        done = self._call.receive()
+        self._call.close_send()
+        if done is None:
+            raise errors.Internal(f"ingest {self.ref}: no answer to the commit")
+        return done.digest
+
+    def close(self) -> None:
+        """Let go of the ingest; what was not committed may be resumed."""
+        self._call.cancel()
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        self.close()
+        self._client.unary(CONTENT + "Abort", content_pb2.AbortRequest(ref=self.ref), Empty)
+
+
 def write_content(
     client: Client, ref: str, parts: Iterable[bytes], *, digest: str = "", size: int = 0,
     labels: dict[str, str] | None = None,
 ) -> str:
-    """Write and commit a blob; returns its digest. One that exists already is fine."""
-    call = client.stream(CONTENT + "Write", content_pb2.WriteContentResponse)
+    """Write and commit a blob; returns its digest. One that exists already only gets the labels."""
     try:
-        call.send(content_pb2.WriteContentRequest(
-            action=content_pb2.STAT, ref=ref, total=size, expected=digest))
-        status = call.receive()
-        offset = status.offset if status is not None else 0
-        if offset:
-            # What another attempt left is not trusted to be of the same bytes.
-            call.cancel()
-            client.unary(CONTENT + "Abort", content_pb2.AbortRequest(ref=ref), Empty)
-            return write_content(client, ref, parts, digest=digest, size=size, labels=labels)
-        for part in parts:
-            for at in range(0, len(part), _WRITE_CHUNK):
-                chunk = part[at:at + _WRITE_CHUNK]
-                call.send(content_pb2.WriteContentRequest(action=content_pb2.WRITE, offset=offset, data=chunk))
-                offset += len(chunk)
-                call.receive()
-        call.send(content_pb2.WriteContentRequest(
-            action=content_pb2.COMMIT, total=offset, offset=offset, expected=digest, labels=labels or {}))
-        done = call.receive()
-        call.close_send()
-        if done is None:
-            raise errors.Internal(f"ingest {ref}: no answer to the commit")
-        return done.digest
+        writer = Writer(client, ref, digest=digest, size=size)
+        if writer.offset:
+            # What another attempt left need not be of the same bytes.
+            writer.abort()
+            writer = Writer(client, ref, digest=digest, size=size)
+        try:
+            for part in parts:
+                writer.write(part)
+            return writer.commit(labels)
+        finally:
+            writer.close()
     except errors.AlreadyExists:
-        if labels and digest:
+        if not digest:
+            raise
+        if labels:
             update_content_labels(client, digest, labels)
         return digest
-    finally:
-        call.cancel()
 
 
 # -- snapshots -----------------------------------------------------------------------------------------

@@ -5,11 +5,8 @@ Owns one transfer at a time. A daemon without the service answers `Unimplemented
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 from collections.abc import Callable
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.empty_pb2 import Empty
@@ -20,6 +17,9 @@ from pctr.rpc import STREAMING, TRANSFER, Call, Client
 from supervisord_ctr.api.services.streaming.v1 import streaming_pb2
 from supervisord_ctr.api.services.transfer.v1 import transfer_pb2 as service_pb2
 from supervisord_ctr.api.types.transfer import transfer_pb2
+
+if TYPE_CHECKING:
+    from supervisord_ctr.images.auth import Credentials
 
 _DATA_CHUNK = 32 << 10
 Progress = transfer_pb2.Progress
@@ -37,64 +37,17 @@ def pack(message: Message) -> Any:
     return Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
 
 
-class Credentials:
-    """User and secret for registries: those given, else Docker's own configuration."""
+def answer(credentials: Credentials, request: transfer_pb2.AuthRequest) -> transfer_pb2.AuthResponse:
+    """What to tell the daemon about a host; nothing for hosts that no credentials are for (S15)."""
+    import asyncio
 
-    def __init__(self, user: str = "") -> None:
-        self._name, colon, self._secret = user.partition(":")
-        if user and not colon:
-            import getpass
-
-            self._secret = getpass.getpass(f"password of {self._name}: ")
-        self._auths = {} if user else _docker_auths()
-
-    def __bool__(self) -> bool:
-        return bool(self._name or self._auths)
-
-    def answer(self, request: transfer_pb2.AuthRequest) -> transfer_pb2.AuthResponse:
-        """What to tell the daemon for a host; nothing for hosts that no credentials are for (S15)."""
-        return self.for_host(request.host)
-
-    def for_host(self, host: str) -> transfer_pb2.AuthResponse:
-        """The credentials of one host."""
-        name, secret = self.pair(host)
-        if not secret:
-            return transfer_pb2.AuthResponse(authType=transfer_pb2.NONE)
-        kind = transfer_pb2.CREDENTIALS if name else transfer_pb2.REFRESH
-        return transfer_pb2.AuthResponse(authType=kind, username=name, secret=secret)
-
-    def pair(self, host: str) -> tuple[str, str]:
-        """User and secret of one host, "" each when there are none."""
-        if self._name:
-            return self._name, self._secret
-        for key in (host, f"https://{host}", f"https://{host}/v1/", f"https://{host}/v2/"):
-            if key in self._auths:
-                return self._auths[key]
-        if host in ("docker.io", "registry-1.docker.io") and "https://index.docker.io/v1/" in self._auths:
-            return self._auths["https://index.docker.io/v1/"]
-        return "", ""
-
-
-def _docker_auths() -> dict[str, tuple[str, str]]:
-    folder = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            document = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    found: dict[str, tuple[str, str]] = {}
-    for host, entry in (document.get("auths") or {}).items():
-        if entry.get("identitytoken"):
-            found[host] = ("", entry["identitytoken"])
-        elif entry.get("auth"):
-            try:
-                name, _, secret = base64.b64decode(entry["auth"]).decode().partition(":")
-            except ValueError:
-                continue
-            found[host] = (name, secret.rstrip("\0"))
-        elif entry.get("username"):
-            found[host] = (entry["username"], entry.get("password", ""))
-    return found
+    found = asyncio.run(credentials.get(request.host))
+    if found.header:
+        return transfer_pb2.AuthResponse(authType=transfer_pb2.HEADER, secret=found.header)
+    if not found:
+        return transfer_pb2.AuthResponse(authType=transfer_pb2.NONE)
+    kind = transfer_pb2.CREDENTIALS if found.username else transfer_pb2.REFRESH
+    return transfer_pb2.AuthResponse(authType=kind, username=found.username, secret=found.secret)
 
 
 class Transfer:
@@ -118,7 +71,7 @@ class Transfer:
         """A stream on which the daemon asks for credentials."""
 
         def handle(call: Call[Any], message: Any) -> None:
-            call.send(pack(credentials.answer(transfer_pb2.AuthRequest.FromString(message.value))))
+            call.send(pack(answer(credentials, transfer_pb2.AuthRequest.FromString(message.value))))
 
         return self.open_stream(handle)
 
