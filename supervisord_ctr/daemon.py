@@ -35,6 +35,7 @@ from supervisord_ctr.config import Config
 from supervisord_ctr.content import LocalContent
 from supervisord_ctr.events import Exchange
 from supervisord_ctr.lifecycle import Notifier, exclusive, make_private_folder, stop_signals
+from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine
 from supervisord_ctr.model import Platform
 from supervisord_ctr.oci import limits
@@ -110,7 +111,8 @@ class Daemon:
         content = LocalContent(root / "content")
         engine = Engine(root / "metadata.db")
         snapshotters: dict[str, Snapshotter] = {
-            "overlayfs": OverlaySnapshotter(root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors),
+            "overlayfs": OverlaySnapshotter(
+                root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors, remap_ids=supports_idmap()),
             "native": NativeSnapshotter(root / "snapshots" / "native", engine.records("native"), executors),
         }
         database = Database(engine, content, snapshotters, exchange.publish, executors)

@@ -31,17 +31,21 @@ def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str
     Enters the namespaces, joins the cgroups, forks once into a new PID namespace, writes the pid (as the
     caller's namespace numbers it) to the descriptor `report` once the process is stripped, and ends.
     """
-    for path, kind in enter:
-        if path:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            libc.setns(fd, kind)
-            os.close(fd)
+    cgroups.join(groups, os.getpid())
+    opened = [(os.open(path, os.O_RDONLY | os.O_CLOEXEC), kind) for path, kind in enter if path]
+    for fd, kind in opened:
+        libc.setns(fd, kind)
+        os.close(fd)
+        if kind == namespaces.CLONE_NEWUSER:
+            # Root of the pod's own user namespace from here on: the new PID namespace belongs to it.
+            os.setgroups([])
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
     if hostname and not any(kind == namespaces.CLONE_NEWUTS and path for path, kind in enter):
         import socket
 
         libc.unshare(namespaces.CLONE_NEWUTS)
         socket.sethostname(hostname)
-    cgroups.join(groups, os.getpid())
     libc.unshare(namespaces.CLONE_NEWPID)
     ready, stripped = os.pipe2(os.O_CLOEXEC)
     pid = libc.fork()

@@ -30,7 +30,8 @@ or `{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `error
     "oom_score_adj": null   e.g. -998; clamped to what the kernel allows us
     "env": {}               added to the environment of the runtime and of loggers
 
-`{"op": "fork-pause", "serial": N, "netns": "/path", "ipcns": "/path", "utsns": "/path", "hostname": "", "cgroups": []}`
+`{"op": "fork-pause", "serial": N, "netns": "/path", "ipcns": "/path", "utsns": "/path", "userns": "",
+"hostname": "", "cgroups": []}`
     → `{"serial": N, "pid": PID, "start_time": TICKS}`
 
     A process that is number 1 of a new PID namespace, for pods whose containers share one (design:
@@ -167,8 +168,8 @@ class Zygote:
     def _fork_pause(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
         enter = [
             (str(request.get(key, "")), kind)
-            for key, kind in (("ipcns", namespaces.CLONE_NEWIPC), ("utsns", namespaces.CLONE_NEWUTS),
-                              ("netns", namespaces.CLONE_NEWNET))
+            for key, kind in (("userns", namespaces.CLONE_NEWUSER), ("ipcns", namespaces.CLONE_NEWIPC),
+                              ("utsns", namespaces.CLONE_NEWUTS), ("netns", namespaces.CLONE_NEWNET))
         ]
         reader, writer = os.pipe2(os.O_CLOEXEC)
         pid = libc.fork()

@@ -19,6 +19,11 @@ from supervisord_ctr.model import Mount
 from supervisord_ctr.names import CRI_NAMESPACE, LABEL_GC_ROOT, check_line
 
 
+def _failed(kind: type[errors.Error], message: str) -> errors.Error:
+    """An error with the word that a kubelet knows image volumes' errors by (cri-api, errors)."""
+    return kind(f"ImageVolumeMountFailed: {message}", kind="mount")
+
+
 def folder_of(core: Core, container_id: str) -> Path:
     """Where a container's image volumes are mounted."""
     return core.run / "image-volumes" / container_id
@@ -30,18 +35,12 @@ async def mount_all(core: Core, container: Container) -> None:
         if not mount.HasField("image") or not mount.image.image:
             continue
         if not mount.readonly:
-            raise errors.InvalidArgument(
-                f"image volume at {mount.container_path!r} must be read-only", kind="mount", key=mount.container_path
-            )
+            raise _failed(errors.InvalidArgument, f"image volume at {mount.container_path!r} must be read-only")
         if mount.host_path:
-            raise errors.InvalidArgument(
-                f"mount at {mount.container_path!r} has both an image and a host path", kind="mount"
-            )
+            raise _failed(errors.InvalidArgument, f"{mount.container_path!r} has both an image and a host path")
         check_line(mount.image_sub_path, "image sub path")
         if mount.image_sub_path.startswith("/") or ".." in mount.image_sub_path.split("/"):
-            raise errors.InvalidArgument(
-                f"image sub path {mount.image_sub_path!r} must be relative and hold no '..'", kind="mount"
-            )
+            raise _failed(errors.InvalidArgument, f"sub path {mount.image_sub_path!r} must be relative and below")
         image = await core.images.resolve(mount.image.image)
         key = f"{container.id}-volume-{index}"
         container.image_mounts.append(key)
@@ -69,16 +68,12 @@ def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str) -> str:
         try:
             fd = files.open_in_root(root, sub_path, os.O_PATH | os.O_CLOEXEC)
         except OSError as error:
-            raise errors.NotFound(
-                f"image sub path {sub_path!r} cannot be opened in the image: {error.strerror}", kind="mount"
-            ) from error
+            raise _failed(errors.NotFound, f"sub path {sub_path!r}: {(error.strerror or '').lower()}") from error
         try:
             if os.path.isdir(f"/proc/self/fd/{fd}"):
                 target.mkdir(mode=0o711, exist_ok=True)
             else:
-                raise errors.InvalidArgument(
-                    f"image sub path {sub_path!r} is not a directory", kind="mount", key=sub_path
-                )
+                raise _failed(errors.InvalidArgument, f"image sub path {sub_path!r} is not a directory")
             system_mounts.mount(f"/proc/self/fd/{fd}", str(target), "", system_mounts.MS_BIND)
         finally:
             os.close(fd)

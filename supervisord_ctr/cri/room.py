@@ -43,8 +43,9 @@ class _Forker:
     async def fork_pause(
         self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "", hostname: str = ""
     ) -> tuple[int, int]:
-        extra: dict[str, Any] = {"userns": userns} if userns else {}
-        forked = await self._zygote.fork_pause(netns=netns, ipcns=ipcns, utsns=utsns, hostname=hostname, **extra)
+        forked = await self._zygote.fork_pause(
+            netns=netns, ipcns=ipcns, utsns=utsns, userns=userns, hostname=hostname
+        )
         return forked.pid, forked.start_time
 
 

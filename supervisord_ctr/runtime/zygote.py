@@ -104,11 +104,12 @@ class Zygote:
         )
         return Forked(reply["pid"], reply.get("start_time", 0), reply["address"])
 
-    async def fork_pause(self, *, netns: str = "", ipcns: str = "", utsns: str = "", hostname: str = "",
-                         cgroups: Sequence[str] = ()) -> Forked:
+    async def fork_pause(self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "",
+                         hostname: str = "", cgroups: Sequence[str] = ()) -> Forked:
         """Number 1 of a new PID namespace for a pod (D7)."""
         reply = await self.request(
-            "fork-pause", netns=netns, ipcns=ipcns, utsns=utsns, hostname=hostname, cgroups=list(cgroups)
+            "fork-pause", netns=netns, ipcns=ipcns, utsns=utsns, userns=userns, hostname=hostname,
+            cgroups=list(cgroups),
         )
         return Forked(reply["pid"], reply.get("start_time", 0))
 

@@ -142,7 +142,10 @@ class Environments:
                     path.unlink()
                     namespaces.pin(kind, path, hostname=hostname, userns=userns)
         except OSError as error:
-            raise errors.from_os_error(error, f"failed to make the {kind} namespace of sandbox {wanted.id}:") from error
+            doing = f"failed to make the {kind} namespace of sandbox {wanted.id}"
+            if error.errno is None:
+                raise errors.FailedPrecondition(f"{doing}: {error}", kind="sandbox", key=wanted.id) from error
+            raise errors.from_os_error(error, doing) from error
         finally:
             if userns >= 0:
                 os.close(userns)
