@@ -80,7 +80,7 @@ class Task:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def wait_settled(self, lost: Shim) -> None:
+    async def wait_settled(self, lost: Shim | None) -> None:
         """Return when another shim took the place of `lost`, or the task is gone."""
         while not self.buried and (self.shim is None or self.shim is lost):
             await self._changed.wait()

@@ -231,10 +231,14 @@ class Tasks:
             await making
             task.record = replace(task.shim.record, runtime=runtime or self.config.default)
             await self._executors.run_io(bundle.write_record, task.record)
-            task.pid = await task.shim.service.create(
-                container_id, bundle=str(bundle.path), rootfs=rootfs, terminal=streams.terminal, stdin=streams.stdin,
-                stdout=streams.stdout, stderr=streams.stderr, checkpoint=str(checkpoint or ""), options=chosen,
-            )
+            try:
+                task.pid = await task.shim.service.create(
+                    container_id, bundle=str(bundle.path), rootfs=rootfs, terminal=streams.terminal,
+                    stdin=streams.stdin, stdout=streams.stdout, stderr=streams.stderr,
+                    checkpoint=str(checkpoint or ""), options=chosen,
+                )
+            except errors.Error as error:
+                raise type(error)(f"failed to create shim task: {error.message}", key=container_id) from error
             faults.point(_CREATED)
             task.created = True
             undo.pop_all()
@@ -288,12 +292,17 @@ class Tasks:
 
     # -- looking up --------------------------------------------------------------------------------
 
-    async def _get(self, namespace: str, container_id: str) -> tuple[Task, Shim]:
-        """The task and its shim; the errors of containerd when there is none."""
+    async def _find(self, namespace: str, container_id: str) -> Task:
+        """The task, whatever becomes of its shim; the errors of containerd when there is none."""
         task = self._tasks.get((namespace, container_id))
         if task is None or not task.created:
             await self._database.containers.get(namespace, container_id)
             raise errors.NotFound(f"task {container_id} not found", kind="task", key=container_id)
+        return task
+
+    async def _get(self, namespace: str, container_id: str) -> tuple[Task, Shim]:
+        """The task and its shim, which must be there."""
+        task = await self._find(namespace, container_id)
         if task.shim is None:
             raise errors.Unavailable(f"task {container_id} is being recovered: {task.trouble}", kind="task")
         return task, task.shim
@@ -337,18 +346,18 @@ class Tasks:
 
     async def wait(self, namespace: str, container_id: str, exec_id: str = "") -> Exit:
         """How a process ended, as soon as it has. An exit that a dead shim left behind is found, too."""
-        task, shim = await self._get(namespace, container_id)
-        while True:
-            try:
-                found = await shim.service.wait(container_id, exec_id)
-                return found if exec_id else replace(found, pid=task.pid)
-            except errors.Unavailable:
-                if not shim.service.client.closed:
-                    raise
-            await task.wait_settled(shim)
-            if task.buried or task.shim is None:
-                return task.exited or Exit(UNKNOWN_EXIT, time.time(), task.pid)
+        task = await self._find(namespace, container_id)
+        while not task.buried:
             shim = task.shim
+            if shim is not None:
+                try:
+                    found = await shim.service.wait(container_id, exec_id)
+                    return found if exec_id else replace(found, pid=task.pid)
+                except errors.Unavailable:
+                    if not shim.service.client.closed:
+                        raise
+            await task.wait_settled(shim)
+        return task.exited or Exit(UNKNOWN_EXIT, time.time(), task.pid)
 
     async def delete(self, namespace: str, container_id: str, exec_id: str = "") -> Exit:
         """Take a stopped process away; for the task itself shim, bundle and mounts go, too."""

@@ -1,0 +1,254 @@
+"""The task API on a real daemon with real runc: our own shim, and Debian's, through one script."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from supervisord_ctr.api.cgroups.v1 import metrics_pb2
+from supervisord_ctr.api.runc.v1 import options_pb2
+from supervisord_ctr.api.services.containers.v1 import containers_pb2
+from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
+from supervisord_ctr.api.types.task import task_pb2
+from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots
+from tests.support.daemon import DaemonProcess, wait_until
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    yield from roots()
+
+
+@pytest.fixture(params=[OWN, FOREIGN], ids=["own", "runc-v2"])
+def client(daemon: DaemonProcess, root: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
+    made = Client(daemon, root, request.param)
+    yield made
+    made.close()
+
+
+def test_a_task_runs_and_tells_how_it_ended(client: Client) -> None:
+    name = client.container(["sh", "-c", "echo hello; echo oops >&2; exit 7"])
+    pid = client.create(name)
+    assert client.status(name) == task_pb2.CREATED
+    assert client.start(name) == pid
+    assert client.wait(name) == 7
+    assert "hello\n" in client.text(name)
+    if client.runtime == OWN:
+        # Debian's shim writes both streams into the one file.
+        assert client.text(name) == "hello\n"
+        assert client.text(f"{name}.err") == "oops\n"
+    process = client.process(name)
+    assert (process.status, process.exit_status, process.pid) == (task_pb2.STOPPED, 7, pid)
+    assert process.exited_at.seconds > 0
+    assert client.delete(name) == 7
+    assert name not in client.listed()
+    client.remove(name)
+
+
+def test_a_killed_task_ends_with_137(client: Client) -> None:
+    name = client.run("sleep", "1000")
+    assert client.listed()[name] == task_pb2.RUNNING
+    client.kill(name)
+    assert client.wait(name) == 137
+    assert client.finish(name) == 137
+
+
+def test_events_tell_the_whole_life_in_order(client: Client) -> None:
+    with Watch(client) as watch:
+        name = client.container(["true"])
+        client.create(name)
+        client.start(name)
+        client.wait(name)
+        client.delete(name)
+        watch.wait_for("/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete")
+    order = [topic for topic in watch.topics if topic.startswith("/tasks/")]
+    assert order == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
+    client.remove(name)
+
+
+def test_execs_have_exits_of_their_own(client: Client) -> None:
+    name = client.run("sleep", "1000")
+    streams = {"stdout": f"file://{client.output}/one", "stderr": f"file://{client.output}/one.err"}
+    client.exec(name, "one", ["sh", "-c", "echo from exec; exit 3"], **streams)
+    assert client.process(name, "one").status == task_pb2.CREATED
+    assert client.start(name, "one") > 0
+    assert client.wait(name, "one") == 3
+    assert client.text("one") == "from exec\n"
+    request = tasks_pb2.DeleteProcessRequest(container_id=name, exec_id="one")
+    found = client.call(client.tasks.DeleteProcess, request)
+    assert (found.id, found.exit_status) == ("one", 3)
+    assert client.code(client.tasks.DeleteProcess, request) == grpc.StatusCode.NOT_FOUND
+    client.exec(name, "two", ["sleep", "1000"])
+    client.start(name, "two")
+    client.kill(name, 15, "two")
+    assert client.wait(name, "two") == 143
+    assert client.status(name) == task_pb2.RUNNING
+    client.finish(name)
+
+
+def test_pids_name_the_exec(client: Client) -> None:
+    name = client.run("sleep", "1000")
+    client.exec(name, "inner", ["sleep", "1000"])
+    pid = client.start(name, "inner")
+    found = client.call(client.tasks.ListPids, tasks_pb2.ListPidsRequest(container_id=name)).processes
+    by_pid = {item.pid: item.info for item in found}
+    assert set(by_pid) == {client.process(name).pid, pid}
+    assert by_pid[pid].type_url.endswith("containerd.runc.v1.ProcessDetails")
+    assert options_pb2.ProcessDetails.FromString(by_pid[pid].value).exec_id == "inner"
+    client.finish(name)
+
+
+def test_pause_and_resume(client: Client) -> None:
+    name = client.run("sleep", "1000")
+    client.call(client.tasks.Pause, tasks_pb2.PauseTaskRequest(container_id=name))
+    assert client.status(name) == task_pb2.PAUSED
+    client.call(client.tasks.Resume, tasks_pb2.ResumeTaskRequest(container_id=name))
+    assert client.status(name) == task_pb2.RUNNING
+    client.finish(name)
+
+
+def test_metrics_and_updates(client: Client) -> None:
+    name = client.run("sleep", "1000")
+    request = tasks_pb2.UpdateTaskRequest(container_id=name)
+    request.resources.type_url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+    request.resources.value = b'{"memory": {"limit": 67108864}}'
+    client.call(client.tasks.Update, request)
+    wanted = tasks_pb2.MetricsRequest(filters=[f"id=={name}"])
+    (metric,) = client.call(client.tasks.Metrics, wanted).metrics
+    assert metric.id == name
+    if metric.data.type_url.endswith("v1.Metrics"):
+        assert metrics_pb2.Metrics.FromString(metric.data.value).memory.usage.limit == 67108864
+    assert client.call(client.tasks.Metrics, tasks_pb2.MetricsRequest(filters=["id==nobody"])).metrics == []
+    client.finish(name)
+
+
+def test_stdin_and_its_end_reach_the_process(client: Client) -> None:
+    name = client.container(["cat"])
+    pipe = client.output / f"{name}.in"
+    os.mkfifo(pipe)
+    data = secrets.token_bytes(1 << 16) * 32
+
+    def feed() -> None:
+        with open(pipe, "wb") as file:
+            file.write(data)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    client.create(name, stdin=str(pipe))
+    client.start(name)
+    feeder.join(TIMEOUT)
+    client.call(client.tasks.CloseIO, tasks_pb2.CloseIORequest(container_id=name, stdin=True))
+    assert client.wait(name) == 0
+    assert (client.output / name).read_bytes() == data
+    client.finish(name)
+
+
+def test_much_output_arrives_whole(client: Client) -> None:
+    name = client.container(["dd", "if=/dev/zero", "bs=1048576", "count=50"])
+    client.create(name)
+    client.start(name)
+    assert client.wait(name) == 0
+    assert (client.output / name).stat().st_size == 50 << 20
+    client.finish(name)
+
+
+def test_codes_of_errors(client: Client) -> None:
+    nobody = tasks_pb2.StartRequest(container_id="nobody")
+    assert client.code(client.tasks.Start, nobody) == grpc.StatusCode.NOT_FOUND
+    name = client.container(["sleep", "1000"])
+    for method, request in (
+        (client.tasks.Start, tasks_pb2.StartRequest(container_id=name)),
+        (client.tasks.Get, tasks_pb2.GetRequest(container_id=name)),
+        (client.tasks.Kill, tasks_pb2.KillRequest(container_id=name, signal=9)),
+        (client.tasks.Delete, tasks_pb2.DeleteTaskRequest(container_id=name)),
+        (client.tasks.Wait, tasks_pb2.WaitRequest(container_id=name)),
+        (client.tasks.Checkpoint, tasks_pb2.CheckpointTaskRequest(container_id=name)),
+    ):
+        assert client.code(method, request) == grpc.StatusCode.NOT_FOUND
+    client.create(name)
+    again = tasks_pb2.CreateTaskRequest(container_id=name)
+    assert client.code(client.tasks.Create, again) == grpc.StatusCode.ALREADY_EXISTS
+    client.start(name)
+    request = tasks_pb2.DeleteTaskRequest(container_id=name)
+    wanted = grpc.StatusCode.FAILED_PRECONDITION if client.runtime == OWN else grpc.StatusCode.UNKNOWN
+    assert client.code(client.tasks.Delete, request) == wanted
+    for exec_id, wanted in (("", grpc.StatusCode.INVALID_ARGUMENT), ("a/b", grpc.StatusCode.INVALID_ARGUMENT)):
+        execute = tasks_pb2.ExecProcessRequest(container_id=name, exec_id=exec_id)
+        assert client.code(client.tasks.Exec, execute) == wanted
+    missing = tasks_pb2.StartRequest(container_id=name, exec_id="nobody")
+    assert client.code(client.tasks.Start, missing) == grpc.StatusCode.NOT_FOUND
+    client.finish(name)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.tasks.List(tasks_pb2.ListTasksRequest(), timeout=TIMEOUT)
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_program_that_is_not_there_leaves_nothing(client: Client) -> None:
+    name = client.container(["/bin/not-there"])
+    with pytest.raises(grpc.RpcError) as caught:
+        client.create(name)
+    assert "not-there" in caught.value.details()
+    assert name not in client.listed()
+    bundle = client.daemon.state / "tasks" / client.daemon.namespace / name
+    wait_until(lambda: not bundle.exists(), "the bundle is gone", TIMEOUT)
+    client.remove(name)
+
+
+def test_a_runtime_that_is_not_there(client: Client) -> None:
+    container = containers_pb2.Container(id=f"c{secrets.token_hex(4)}")
+    container.runtime.name = "io.containerd.frob.v9"
+    container.spec.value = b"{}"
+    client.call(client.containers.Create, containers_pb2.CreateContainerRequest(container=container))
+    request = tasks_pb2.CreateTaskRequest(container_id=container.id)
+    assert client.code(client.tasks.Create, request) == grpc.StatusCode.NOT_FOUND
+    client.remove(container.id)
+
+
+def test_another_oci_runtime_by_options(daemon: DaemonProcess, root: Path) -> None:
+    client = Client(daemon, root)
+    try:
+        calls = client.output / "calls"
+        program = client.output / "my-runc"
+        program.write_text(f'#!/bin/sh\necho "$*" >> {calls}\nexec runc "$@"\n')
+        program.chmod(0o755)
+        name = client.container(["sh", "-c", "exit 4"])
+        options = options_pb2.Options(binary_name=str(program), root=str(client.output / "oci"))
+        request = tasks_pb2.CreateTaskRequest(container_id=name)
+        request.options.type_url = "containerd.runc.v1.Options"
+        request.options.value = options.SerializeToString()
+        client.call(client.tasks.Create, request)
+        client.start(name)
+        assert client.wait(name) == 4
+        client.finish(name)
+        assert f"--root {client.output}/oci" in calls.read_text()
+        assert "create" in calls.read_text()
+    finally:
+        client.close()
+
+
+def test_many_at_once(daemon: DaemonProcess, root: Path) -> None:
+    client = Client(daemon, root)
+    try:
+        names = [client.container(["sh", "-c", f"exit {number}"]) for number in range(12)]
+        results: dict[str, int] = {}
+
+        def one(name: str) -> None:
+            client.create(name)
+            client.start(name)
+            results[name] = client.wait(name)
+            client.finish(name)
+
+        threads = [threading.Thread(target=one, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * TIMEOUT)
+        assert [results.get(name) for name in names] == list(range(12))
+    finally:
+        client.close()
