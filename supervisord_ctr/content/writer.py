@@ -119,6 +119,10 @@ class IngestWriter:
             self._hash.update(piece)
             self.offset += len(piece)
 
+    def fileno(self) -> int:
+        """The descriptor of the data, for positional reads of what was written; it stays owned by this object."""
+        return self._open_fd()
+
     def digest(self) -> str:
         """The digest of what was written so far; after `commit` that of the blob."""
         return self._digest or f"{self._algorithm}:{self._hash.hexdigest()}"

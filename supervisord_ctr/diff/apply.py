@@ -71,7 +71,8 @@ class LayerApplier:
             reader.drain()
             faults.point(APPLIED)
             return Applied(
-                source.diff_id(), source.size, unpacking.entries, tuple(unpacking.implied), tuple(unpacking.notes)
+                source.diff_id(), source.size, unpacking.entries, tuple(unpacking.implied),
+                None if unpacking.replaced else (unpacking.disk, unpacking.inodes), tuple(unpacking.notes),
             )
         finally:
             source.close()
@@ -93,6 +94,9 @@ class _Unpacking:
         self.entries = 0
         self.implied: list[bytes] = []
         self.notes: list[str] = []
+        self.disk = 4096  # the root itself
+        self.inodes = 1
+        self.replaced = False
         self._size = 0
         # Parent path → (descriptor, whether new entries there inherit a group).
         self._parents: dict[bytes, tuple[int, bool]] = {}
@@ -203,6 +207,8 @@ class _Unpacking:
                 with files.opened_in_root(self._root, path, os.O_RDONLY | os.O_DIRECTORY) as directory:
                     os.fchmod(directory, 0o755)
         self.implied += paths
+        self.disk += 4096 * len(paths)
+        self.inodes += len(paths)
         if not self._overlay:
             self._made.update(paths)
         return fd
@@ -253,6 +259,8 @@ class _Unpacking:
 
     def _file(self, entry: Entry, reader: TarReader, parent: int, base: bytes, name: bytes, chown: bool) -> None:
         self._size += entry.size
+        self.disk += (entry.stored + 4095) & -4096
+        self.inodes += 1
         if self._size > self._limits.size:
             raise InvalidArgument(f"layer holds more than {self._limits.size} bytes of files", kind="layer")
         mode = entry.mode & 0o7777
@@ -304,6 +312,9 @@ class _Unpacking:
             cached = self._parents.pop(name, None)
             if cached is not None:
                 os.close(cached[0])
+        if not existed:
+            self.disk += 4096
+            self.inodes += 1
         self._directories[name] = _times(entry)
 
     def _link(self, entry: Entry, parent: int, base: bytes, name: bytes) -> None:
@@ -367,6 +378,9 @@ class _Unpacking:
             if replaced:
                 self._swapped.add(name)
             os.symlink(entry.link, base, dir_fd=parent)
+        self.inodes += 1
+        if len(entry.link) >= 60:
+            self.disk += 4096
         if entry.link[:1] == b"/":
             self._absolute.add(name)
         if chown:
@@ -382,6 +396,7 @@ class _Unpacking:
             raise InvalidArgument(
                 f"layer entry {os.fsdecode(name)!r}: no such device {entry.major}:{entry.minor}", kind="layer"
             )
+        self.inodes += 1
         device = os.makedev(entry.major, entry.minor) if entry.type != FIFO else 0
         try:
             os.mknod(base, kind | mode, device, dir_fd=parent)
@@ -434,6 +449,7 @@ class _Unpacking:
 
         `keep` is a second descriptor in use, which must then not be closed.
         """
+        self.replaced = True
         status = os.stat(base, dir_fd=parent, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             remove_tree(parent, base)
@@ -475,7 +491,9 @@ class _Unpacking:
                 f"layer entry {os.fsdecode(entry.name)!r}: invalid whiteout name", kind="layer"
             )
         path = head + b"/" + hidden if head else hidden
+        self.inodes += 1
         if not self._overlay:
+            self.replaced = True
             self._remove_lower(parent, hidden, path)
             return
         try:

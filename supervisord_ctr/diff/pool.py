@@ -177,12 +177,13 @@ def _applied(result: dict[str, object]) -> Applied:
         raise NeedsLower(str(result["needs_lower"]), kind="layer")
     if "error" in result:
         raise from_code(int(str(result["code"])), str(result["error"]))
-    implied, notes = result["implied"], result["notes"]
+    implied, notes, usage = result["implied"], result["notes"], result["usage"]
     assert isinstance(implied, list)
     assert isinstance(notes, list)
+    assert usage is None or isinstance(usage, list)
     return Applied(
         str(result["diff_id"]), int(str(result["size"])), int(str(result["entries"])),
-        tuple(os.fsencode(path) for path in implied), tuple(notes),
+        tuple(os.fsencode(path) for path in implied), None if usage is None else (usage[0], usage[1]), tuple(notes),
     )
 
 

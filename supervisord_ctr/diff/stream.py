@@ -43,6 +43,8 @@ class Applied:
     size: int
     entries: int
     implied: tuple[bytes, ...] = ()
+    #: Disk that the layer takes and inodes, by accounting (P11); None where entries replaced others.
+    usage: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
 

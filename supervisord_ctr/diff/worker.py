@@ -137,5 +137,6 @@ def _run(source: GrowingFile, job: dict[str, object], target: int) -> dict[str, 
         return {"code": int(Code.UNKNOWN), "error": f"layer could not be unpacked: {error}"}
     return {
         "diff_id": applied.diff_id, "size": applied.size, "entries": applied.entries, "notes": applied.notes,
+        "usage": applied.usage,
         "implied": [os.fsdecode(path) for path in applied.implied],
     }

@@ -158,7 +158,8 @@ class Registry:
             body = await read_limited(response, 64 << 10, self.http.timeouts)
             errors = load(body, "").get("errors")
             if isinstance(errors, list):
-                told = [f"{e.get('code', '')} {e.get('message', '')}".strip() for e in errors[:3] if isinstance(e, dict)]
+                known = [e for e in errors[:3] if isinstance(e, dict)]
+                told = [f"{e.get('code', '')} {e.get('message', '')}".strip() for e in known]
                 text += f" ({', '.join(told)[:300]})"
         except (Error, HostFailure, json.JSONDecodeError):
             pass
