@@ -10,6 +10,8 @@ it and the moment its row is durable. No lock is held while bytes are written.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -329,7 +331,18 @@ class Content:
             raise InvalidArgument("ref must not be empty", kind="ingest")
         if expected:
             check_digest(expected)
-        return await shielded(self.owner, self._writer(namespace, ref, size, expected, lease), f"writer {ref}")
+        opening = self.owner.start(self._writer(namespace, ref, size, expected, lease), f"writer {ref}")
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._close_unwanted)
+            raise
+
+    def _close_unwanted(self, opening: asyncio.Task[ContentWriter]) -> None:
+        """The caller went away while its writer was being opened: nobody else would let go of the ref."""
+        if not opening.cancelled() and opening.exception() is None:
+            with contextlib.suppress(RuntimeError):  # the room was closed meanwhile
+                self.owner.start(opening.result().close(), "close an unwanted writer")
 
     async def _writer(
         self, namespace: str, ref: str, size: int, expected: str, lease: str | None
