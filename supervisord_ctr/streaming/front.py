@@ -16,8 +16,10 @@ import h11
 log = logging.getLogger(__name__)
 
 #: Longest request head (bytes), and longest time for it to arrive (seconds).
-MAX_HEAD = 16 << 10
+MAX_HEAD = 64 << 10
 HEAD_TIMEOUT = 10.0
+#: How long a refused client may go on sending before it is cut off (seconds).
+LINGER = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Front(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._request: Request | None = None
         self._done = False
+        self._left = False
         self._fed = 0
         self._rest = b""
 
@@ -85,7 +88,7 @@ class Front(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if not self._router.opened(self):
-            self._done = True
+            self._done = self._left = True
             transport.abort()
             return
         self._timer = asyncio.get_running_loop().call_later(HEAD_TIMEOUT, transport.abort)
@@ -176,15 +179,23 @@ class Front(asyncio.Protocol):
             self._transport.write((head or b"") + (rest or b""))
         except h11.LocalProtocolError as error:
             log.debug("no answer can be sent: %s", error)
-        self._transport.close()
-        self._leave()
+        self._done = True
+        if not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        # Closing while bytes of the client are unread would throw our answer away.
+        self._transport.write_eof()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(LINGER, self._transport.abort)
 
     def _leave(self) -> None:
+        self._done = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._done:
-            self._done = True
+        if not self._left:
+            self._left = True
             self._router.closed(self)
 
 

@@ -149,13 +149,14 @@ async def join(sock: socket.socket, stream: Duplex) -> None:
         await stream.close()
 
     try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(client_to_pod())
-            group.create_task(pod_to_client())
-    except* OSError as group_error:
-        log.debug("forwarded connection was reset: %s", group_error.exceptions[0])
-        _reset_on_close(sock)
-    except* asyncio.CancelledError:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(client_to_pod())
+                group.create_task(pod_to_client())
+        except* OSError as group_error:
+            log.debug("forwarded connection was reset: %s", group_error.exceptions[0])
+            _reset_on_close(sock)
+    except asyncio.CancelledError:
         _reset_on_close(sock)
         raise
 

@@ -7,6 +7,7 @@ own the connection: a handler runs as one task and is cancelled when the client 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -28,12 +29,19 @@ COMMAND_PROTOCOLS = ("v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.i
                      "channel.k8s.io")
 _JSON_PROTOCOLS = ("v5.", "v4.")
 _NO_RESIZE = ("v2.channel.k8s.io", "channel.k8s.io", "base64.channel.k8s.io", "")
+#: How long a client may take to hear that the daemon stops (seconds).
+STOP_PATIENCE = 1.0
 #: Longest resize message (bytes); the real ones have about thirty.
 _MAX_RESIZE = 4096
 
 
 class Duplex(Protocol):
     """What a handler needs of one channel; `SpdyStream` and `Channel` have it."""
+
+    @property
+    def was_reset(self) -> bool:
+        """Whether it ended by a reset or with the connection."""
+        ...
 
     async def read(self, limit: int = CHUNK) -> bytes:
         """Some bytes, `b""` at the peer's end; `ConnectionResetError` after a reset."""
@@ -127,7 +135,22 @@ class ResizeEvents:
 
 
 async def run_command(backend: Backend, params: ExecParams | AttachParams, channels: CommandChannels) -> None:
-    """Carry the request out, then close the channels in the order that clients wait for."""
+    """Carry the request out, then tell its status.
+
+    When the daemon stops, the client is told so: a stream that just ends would look like success.
+    """
+    try:
+        status = await _run(backend, params, channels)
+    except asyncio.CancelledError:
+        if not channels.error.was_reset:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_PATIENCE):
+                    await _conclude(channels, _failure(params, "the daemon is stopping"))
+        raise
+    await _conclude(channels, status)
+
+
+async def _run(backend: Backend, params: ExecParams | AttachParams, channels: CommandChannels) -> Status:
     stdin = Stdin(channels.stdin) if channels.stdin is not None else None
     resize = ResizeEvents(channels.resize if params.tty else None)
     try:
@@ -136,20 +159,23 @@ async def run_command(backend: Backend, params: ExecParams | AttachParams, chann
                 params.container_id, params.argv, tty=params.tty, stdin=stdin, stdout=channels.stdout,
                 stderr=channels.stderr, resize=resize,
             )
-            status = of_exit(code, params.argv)
-        else:
-            await backend.attach(
-                params.container_id, tty=params.tty, stdin=stdin, stdout=channels.stdout, stderr=channels.stderr,
-                resize=resize,
-            )
-            status = SUCCESS
+            return of_exit(code, params.argv)
+        await backend.attach(
+            params.container_id, tty=params.tty, stdin=stdin, stdout=channels.stdout, stderr=channels.stderr,
+            resize=resize,
+        )
+        return SUCCESS
     except Error as error:
-        status = _failure(params, error.message)
+        return _failure(params, error.message)
     except OSError as error:
-        status = _failure(params, str(error))
+        return _failure(params, str(error))
     except Exception:
         log.exception("streaming for container %s failed", params.container_id)
-        status = _failure(params, "internal error")
+        return _failure(params, "internal error")
+
+
+async def _conclude(channels: CommandChannels, status: Status) -> None:
+    """Close the channels in the order that clients wait for, and tell the status in between."""
     for channel in (channels.stdin, channels.resize):
         if channel is not None:
             channel.discard_input()
@@ -161,7 +187,7 @@ async def run_command(backend: Backend, params: ExecParams | AttachParams, chann
         if message:
             await channels.error.write(message)
     except BrokenPipeError:
-        log.debug("client of container %s did not wait for the status", params.container_id)
+        log.debug("the client did not wait for the status")
     await channels.error.close()
     for channel in (channels.stdin, channels.resize):
         if channel is not None:
@@ -239,11 +265,14 @@ async def serve_websocket(
 ) -> None:
     """Serve a WebSocket client until the command has ended."""
     stdin, stdout, stderr, error, resize = session.channels
+    if not params.tty:
+        resize.discard_input()
     # An empty message on the first channel to the client tells it that the session stands.
     session.send(1 if params.stdout else 2 if params.stderr else 3, b"")
     channels = CommandChannels(
         error=error, stdin=stdin if params.stdin else None, stdout=stdout if params.stdout else None,
-        stderr=stderr if params.stderr else None, resize=resize, json_status=protocol.startswith(_JSON_PROTOCOLS),
+        stderr=stderr if params.stderr else None, resize=resize if params.tty else None,
+        json_status=protocol.startswith(_JSON_PROTOCOLS),
     )
     await run_command(backend, params, channels)
     await session.finish()

@@ -179,7 +179,7 @@ class StreamingServer:
             session = SpdySession(carrier, client=False, on_stream=gatherer.on_stream)
             gatherer.session = session
             work = command.serve_spdy(carrier, gatherer, self._backend, params, timeout)
-        task = self._start(work, carrier.abort)
+        task = self._start(work, session.close_soon)
 
         def lost() -> None:
             session.connection_lost()
@@ -229,10 +229,10 @@ class StreamingServer:
                 websocket, command.channel_kinds(params), encoded=encoded, close_signal=protocol.startswith("v5.")
             )
             work = command.serve_websocket(session, self._backend, params, protocol)
-        task = self._start(work, websocket.wire.abort)
+        task = self._start(work, websocket.close_soon)
         session.attach(lambda: _ignore(task.cancel()))
 
-    def _start(self, work: Awaitable[None], abort: Callable[[], None]) -> asyncio.Task[None]:
+    def _start(self, work: Awaitable[None], end: Callable[[], None]) -> asyncio.Task[None]:
         """Run a session's handler as a task of the server; the connection never outlives it."""
 
         async def run() -> None:
@@ -241,7 +241,7 @@ class StreamingServer:
             except Exception:
                 log.exception("a streaming session failed")
             finally:
-                abort()
+                end()
 
         return self._owner.start(run(), "session")
 

@@ -15,8 +15,11 @@ from supervisord_ctr.streaming.wire import Buffer, Carrier
 
 #: What a stream may hold unread: the window that we state, and where peers without windows are held back.
 WINDOW = 1 << 20
-#: A peer without windows that fills one stream stops all others. When nobody reads that stream for so
-#: long (seconds) while others wait, it is reset (P8, P9).
+#: What all streams of a session may hold unread together: the session's window.
+SESSION_WINDOW = 8 << 20
+#: Streams that nobody reads can stop all others: without windows one that is full does, with windows
+#: several that use up the session's. A stream that is not read for so long (seconds) while it is in the
+#: way of others is reset (P8, P9).
 STALL_TIMEOUT = 30.0
 
 
@@ -40,7 +43,7 @@ class SpdyStream:
             on_read=lambda size: session.consumed(self, size),
         )
         #: Time of the reader's last sign of life, on the loop's clock.
-        self.last_read = 0.0
+        self.last_read = session.now()
 
     @property
     def was_reset(self) -> bool:
@@ -120,11 +123,13 @@ class SpdySession:
         self, carrier: Carrier, *, client: bool, on_stream: Callable[[SpdyStream], None] | None = None
     ) -> None:
         self.carrier = carrier
-        self.machine = spdy.Session(client=client, window=WINDOW)
+        self.machine = spdy.Session(client=client, window=WINDOW, session_window=SESSION_WINDOW)
         self._on_stream = on_stream
         self._loop = asyncio.get_running_loop()
         self._streams: dict[int, SpdyStream] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
+        self._unread = 0
+        self._stall_timer: asyncio.TimerHandle | None = None
         self.flush()
 
     @property
@@ -165,6 +170,13 @@ class SpdySession:
         finally:
             self._pings.pop(number, None)
 
+    def close_soon(self) -> None:
+        """Say that this side goes away and end without waiting for the peer."""
+        if not self.carrier.lost.is_set() and not self.machine.failed:
+            self.machine.go_away()
+            self.flush()
+        self.carrier.close_soon()
+
     async def finish(self) -> None:
         """Take no more, reset what is open, let everything sent arrive, close."""
         for stream in list(self._streams.values()):
@@ -188,6 +200,8 @@ class SpdySession:
         for waiter in self._pings.values():
             if not waiter.done():
                 waiter.set_exception(ConnectionResetError("the connection is gone"))
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
 
     def _handle(self, event: spdy.Event) -> None:
         match event:
@@ -195,6 +209,8 @@ class SpdySession:
                 stream = self._streams.get(stream_id)
                 if stream is None or not stream.inbox.feed(data):
                     self.machine.consumed(stream_id, len(data))
+                else:
+                    self._fed(len(data))
             case spdy.StreamEnded(stream_id):
                 if (stream := self._streams.get(stream_id)) is not None:
                     stream.inbox.end()
@@ -228,32 +244,55 @@ class SpdySession:
 
     # -- for the streams -------------------------------------------------------------------------
 
+    def now(self) -> float:
+        """The loop's clock."""
+        return self._loop.time()
+
     def flush(self) -> None:
         """Send what the machine has to say."""
         output = self.machine.take_output()
         if output:
             self.carrier.send(output)
 
+    def _fed(self, size: int) -> None:
+        """More is unread: hold the connection when it is too much, and look for streams in the way."""
+        self._unread += size
+        if self._unread > SESSION_WINDOW:
+            self.carrier.hold("session")
+        if self._unread * 2 > SESSION_WINDOW:
+            self._watch_for_stalls()
+
     def consumed(self, stream: SpdyStream, size: int) -> None:
-        """A stream's reader took bytes."""
+        """A stream's reader took bytes, or they were dropped."""
         stream.last_read = self._loop.time()
+        self._unread -= size
+        if self._unread * 2 <= SESSION_WINDOW:
+            self.carrier.release("session")
         self.machine.consumed(stream.id, size)
         self.flush()
 
     def hold(self, stream_id: int) -> None:
         """A stream has too much unread: read no more of the connection."""
         self.carrier.hold(stream_id)
-        self._loop.call_later(STALL_TIMEOUT, self._check_stalled, stream_id)
+        self._watch_for_stalls()
 
-    def _check_stalled(self, stream_id: int) -> None:
-        stream = self._streams.get(stream_id)
-        if stream is None or not stream.inbox.full:
+    def _watch_for_stalls(self) -> None:
+        if self._stall_timer is None:
+            self._stall_timer = self._loop.call_later(STALL_TIMEOUT / 4, self._check_stalls)
+
+    def _check_stalls(self) -> None:
+        """Reset the streams that are in the way of others and were not read for long."""
+        self._stall_timer = None
+        crowded = self._unread * 2 > SESSION_WINDOW
+        waiting = [stream for stream in self._streams.values() if stream.inbox.full or (crowded and stream.inbox)]
+        if not waiting:
             return
-        quiet = self._loop.time() - stream.last_read
-        if quiet >= STALL_TIMEOUT and self._bulk_streams() > 1:
-            stream.reset(ResetStatus.FLOW_CONTROL_ERROR)
-        else:
-            self._loop.call_later(max(STALL_TIMEOUT - quiet, 1.0), self._check_stalled, stream_id)
+        oldest = self._loop.time() - STALL_TIMEOUT
+        if self._bulk_streams() > 1:
+            for stream in waiting:
+                if stream.last_read <= oldest:
+                    stream.reset(ResetStatus.FLOW_CONTROL_ERROR)
+        self._watch_for_stalls()
 
     def _bulk_streams(self) -> int:
         return sum(stream.headers.get("streamtype") == "data" for stream in self._streams.values())

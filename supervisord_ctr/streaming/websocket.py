@@ -64,13 +64,18 @@ class WebSocket:
     def fail(self, code: CloseReason, reason: str) -> None:
         """The peer broke the protocol: say so and end."""
         self._send_close(code, reason)
-        self.wire.abort_after_flush()
+        self.wire.close_soon()
 
     async def finish(self) -> None:
         """Close normally: everything sent reaches the peer."""
         self._receiver = _discard
         self._send_close(CloseReason.NORMAL_CLOSURE, "")
         await self.wire.finish()
+
+    def close_soon(self) -> None:
+        """End without waiting for the peer; it is told that this side goes away."""
+        self._send_close(CloseReason.GOING_AWAY, "")
+        self.wire.close_soon()
 
     def _handle(self, event: object) -> None:
         if isinstance(event, BytesMessage | TextMessage):
@@ -83,7 +88,7 @@ class WebSocket:
             if not self._closing:
                 self._closing = True
                 self.wire.send((self._protocol.send(event.response()),))
-            self.wire.abort_after_flush()
+            self.wire.close_soon()
 
     def _send_close(self, code: CloseReason, reason: str) -> None:
         if self._closing:
@@ -131,9 +136,13 @@ class Tunnel:
         """See `Carrier`."""
         await self._websocket.finish()
 
+    def close_soon(self) -> None:
+        """See `Carrier`."""
+        self._websocket.close_soon()
+
     def abort(self) -> None:
         """See `Carrier`."""
-        self._websocket.fail(CloseReason.PROTOCOL_ERROR, "")
+        self._wire.abort()
 
 
 class Channel:

@@ -58,6 +58,10 @@ class Carrier(Protocol):
         """End well: what was sent reaches the peer, then the connection is closed."""
         ...
 
+    def close_soon(self) -> None:
+        """End without waiting for the peer: what was sent goes out if the kernel takes it."""
+        ...
+
     def abort(self) -> None:
         """End at once."""
         ...
@@ -171,11 +175,12 @@ class Wire(asyncio.Protocol):
         self._transport.abort()
         self._lose()
 
-    def abort_after_flush(self) -> None:
-        """End as soon as what was sent is in the kernel; nothing more is read."""
+    def close_soon(self) -> None:
+        """See `Carrier`."""
         self._receiver = _discard
-        self._transport.close()
-        self._loop.call_later(LINGER, self._transport.abort)
+        if not self._lost.is_set() and not self._transport.is_closing():
+            self._transport.close()
+            self._loop.call_later(LINGER, self._transport.abort)
 
     # -- asyncio.Protocol ------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import signal
+import socket
 import sys
 import termios
 from collections.abc import AsyncIterator
@@ -215,6 +216,16 @@ async def test_port_forward_serves_many_connections_and_comes_back_after_a_loss(
     await other.close()
     pod.close()
     await pod.wait_closed()
+
+
+async def test_port_that_is_taken_is_told(server: StreamingServer) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    code = _FORWARD.replace("(0, 80)", f"({taken.getsockname()[1]}, 80)")
+    url = server.port_forward_url(PortForwardParams("p"))
+    async with program(code, url, stderr=asyncio.subprocess.PIPE) as process:
+        _, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        assert err.splitlines()[-1].startswith(b"pctr.command.Failed: cannot listen on 127.0.0.1:")
+    taken.close()
 
 
 def test_ports_are_read_as_local_and_remote() -> None:

@@ -269,10 +269,18 @@ async def test_closing_the_server_ends_everything(backend: ScriptedBackend) -> N
         for _ in range(5)
     ]
     await wait_until(lambda: backend.active == 5, PATIENCE, "execs to start")
+    watcher = await WebSocketClient.connect(made.exec_url(exec_params("sleep")), "v5.channel.k8s.io")
+    await wait_until(lambda: backend.active == 6, PATIENCE, "last exec to start")
     await made.close()
     assert backend.active == 0
     for command in commands:
+        with pytest.raises(Unknown, match="the daemon is stopping"):
+            await command.wait_status()
         await asyncio.wait_for(command.session.carrier.lost.wait(), PATIENCE)
+    await watcher.read_all()
+    assert b"the daemon is stopping" in watcher.channel(3)
+    assert watcher.close_code == 1001
+    await watcher.close()
 
 
 # -- attach --------------------------------------------------------------------------------------
@@ -377,8 +385,8 @@ async def test_requests_are_checked_as_cri_says(server: StreamingServer) -> None
         (b"POST /exec/n HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n", b"417"),
         (b"GET /exec/nonsense HTTP/1.1\r\n\r\n", b"400"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
-        (b"GET /exec/x HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (32 << 10) + b"\r\n\r\n", b"431"),
-        (b"GET /exec/x HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 4000 + b"\r\n", b"431"),
+        (b"GET /exec/x HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (128 << 10) + b"\r\n\r\n", b"431"),
+        (b"GET /exec/x HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 20000 + b"\r\n", b"431"),
     ],
 )
 async def test_s14_bad_requests_are_refused(server: StreamingServer, request_text: bytes, status: bytes) -> None:
@@ -591,6 +599,50 @@ async def test_p9_a_connection_that_is_not_read_does_not_stop_the_others(
     with pytest.raises(BrokenPipeError):
         await filling
     await session.finish()
+    await quiet(server, backend)
+    stuck.close()
+
+
+async def test_p9_streams_that_nobody_reads_are_reset_when_they_are_in_the_way(
+    server: StreamingServer, backend: ScriptedBackend, echo_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer without windows fills one stream, which stops the connection, until that stream is given up."""
+    monkeypatch.setattr(spdy_session, "STALL_TIMEOUT", 0.2)
+    stuck = socket.create_server(("127.0.0.1", 0))
+    backend.ports[90] = stuck.getsockname()[1]
+    session = await forward_session(server)
+    session.machine._peer_keeps_windows = session.machine._peer_keeps_session_window = False
+    blocked, _ = await client.open_forward(session, 90, 1)
+    data, _ = await client.open_forward(session, echo_port, 2)
+    filling = asyncio.get_running_loop().create_task(blocked.write(b"x" * (16 << 20)))
+    with contextlib.suppress(BrokenPipeError):
+        await asyncio.wait_for(filling, PATIENCE)
+    with pytest.raises(ConnectionResetError):
+        await asyncio.wait_for(blocked.read(), PATIENCE)
+    await data.write(b"y")
+    assert await asyncio.wait_for(data.read(), PATIENCE) == b"y"
+    await session.finish()
+    await quiet(server, backend)
+    stuck.close()
+
+
+async def test_p9_a_session_is_bounded_whatever_the_number_of_its_streams(
+    server: StreamingServer, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spdy_session, "SESSION_WINDOW", 256 << 10)
+    stuck = socket.create_server(("127.0.0.1", 0), backlog=100)
+    backend.ports[90] = stuck.getsockname()[1]
+    held: list[object] = []
+    hold = wire.Wire.hold
+    monkeypatch.setattr(wire.Wire, "hold", lambda self, reason: (held.append(reason), hold(self, reason))[1])
+    session = await forward_session(server)
+    session.machine._peer_keeps_windows = session.machine._peer_keeps_session_window = False
+    streams = [(await client.open_forward(session, 90, number))[0] for number in range(20)]
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(stream.write(b"x" * (8 << 20))) for stream in streams]
+    await wait_until(lambda: "session" in held, PATIENCE, "connection to be held")
+    session.carrier.abort()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await quiet(server, backend)
     stuck.close()
 
