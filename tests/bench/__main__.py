@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.bench import kubernetes, machine, plots, report, scale, tasks
-from tests.bench.images import Registry, build, temporary_folder
+from tests.bench import disk, kubernetes, machine, plots, report, scale, tasks
+from tests.bench.images import Registry, build
 from tests.bench.measure import Case, Result, Session, pick, run_case, say
 from tests.bench.pulls import Pull, PullCommand
 from tests.bench.subjects import Ours, Subject, Theirs, find_containerd
@@ -94,12 +94,9 @@ def main(words: list[str] | None = None) -> int:
         raise SystemExit("the benchmark starts containers: run it as root")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures: list[str] = []
-    work = temporary_folder(options.work)
-    try:
+    with disk.working_folder(options.work) as work:
         results = measure(options, cases, work, failures)
         facts = machine.describe(work, "" if options.ours else find_containerd())
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     print()
     for name, value in facts.items():
         print(f"{name:11} {value}")

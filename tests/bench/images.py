@@ -21,7 +21,6 @@ import stat
 import struct
 import subprocess
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -327,8 +326,3 @@ class Registry:
         """End the process; its files are the caller's to remove."""
         self._process.terminate()
         self._process.wait(30)
-
-
-def temporary_folder(parent: str | None) -> Path:
-    """A private folder whose name is short enough for the sockets below it."""
-    return Path(tempfile.mkdtemp(prefix="bench-", dir=parent or "/var/tmp"))
