@@ -29,7 +29,7 @@ from supervisord_ctr.cri import (
 )
 from supervisord_ctr.cri import userns as user_namespaces
 from supervisord_ctr.cri.container_report import publish_container
-from supervisord_ctr.cri.core import Core, Stage
+from supervisord_ctr.cri.core import Core, Stage, all_of
 from supervisord_ctr.cri.image_store import ImageRecord
 from supervisord_ctr.cri.pods_pause import ensure_pause
 from supervisord_ctr.cri.state import Container, Pod
@@ -45,7 +45,7 @@ from supervisord_ctr.snapshots.interface import LABEL_GID_MAPPING, LABEL_UID_MAP
 log = logging.getLogger(__name__)
 
 SNAPSHOT = faults.declare("cri.container.snapshot", "the container's snapshot is there, nothing refers to it")
-STORED = faults.declare("cri.container.stored", "the container is stored for the native face, it has no record")
+STORED = faults.declare("cri.container.stored", "the container is stored and recorded, the caller does not know its id")
 
 
 async def create_container(core: Core, request: pb.CreateContainerRequest) -> str:
@@ -114,15 +114,14 @@ async def _create(core: Core, pod: Pod, name: str, request: pb.CreateContainerRe
             await image_volumes.mount_all(core, container)
             spec = await _prepare(core, pod, container, image, request, stage)
             stage.enter("storing")
-            await _store(core, pod, container, image, spec)
-            faults.point(STORED)
             container.stage, container.created_at = "created", time.time_ns()
-            core.state.add_container(container)
+            await all_of(_store(core, pod, container, image, spec), core.state.save_container(container))
+            faults.point(STORED)
             if core.state.pod_or_none(pod.id) is not pod or not pod.ready:
                 raise errors.FailedPrecondition(
                     f"sandbox {pod.id!r} was stopped while a container was created in it", kind="sandbox", key=pod.id
                 )
-            await core.state.save_container(container)
+            core.state.add_container(container)
             undo.pop_all()
     publish_container(core, container, pb.CONTAINER_CREATED_EVENT)
     return container.id
@@ -134,7 +133,7 @@ async def _prepare(
     """Snapshot, user and volumes, then the specification."""
     config = container.config
     stage.enter("snapshot")
-    mounts = await _snapshot(core, container, image)
+    mounts, places = await all_of(_snapshot(core, container, image), _places(core, pod, config))
     faults.point(SNAPSHOT)
     stage.enter("user and volumes")
     volumes = _volumes(core, container, image)
@@ -142,7 +141,6 @@ async def _prepare(
     user = await _user_and_volumes(core, image, asked, mounts, volumes)
     container.uid, container.gid, container.groups = user.uid, user.gid, list(user.additional_gids)
     stage.enter("specification")
-    places = await _places(core, pod, config)
     handler_name, handler = core.handler(pod.handler)
     what = container_spec.Build(
         namespace=CRI_NAMESPACE, container_id=container.id, pod_id=pod.id, config=config,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from supervisord_ctr.sandbox.environment import Environments
     from supervisord_ctr.sandbox.network import PodNetworks
     from supervisord_ctr.sandbox.pause import Forker
+
+
+async def all_of(*works: Awaitable[Any]) -> list[Any]:
+    """The results of all; when one fails, the first failure, but only after every one has ended."""
+    results = await asyncio.gather(*works, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 class TaskView(Protocol):
@@ -202,10 +211,6 @@ class Core:
             binary_name=found.binary, root=found.root, systemd_cgroup=self.systemd_cgroups(handler)
         )
         return Runtime(found.type, TypedValue("containerd.runc.v1.Options", options.SerializeToString()))
-
-    def pod_folder(self, pod_id: str) -> Path:
-        """Where a pod keeps what must survive a reboot."""
-        return self.root / "sandboxes" / pod_id
 
     def container_folder(self, container_id: str) -> Path:
         """Where a container keeps what must survive a reboot (its volumes)."""

@@ -32,5 +32,6 @@ async def ensure_pause(core: Core, pod: Pod) -> int:
             hostname=pod.config.hostname,
         )
         pod.pause_pid, pod.pause_start = pid, started
-        await core.state.save_pod(pod)
+        # Written before the container that needs it is: records are written in the order they are given.
+        core.owner.start(core.state.save_pod(pod), f"record {pod.id}")
         return pid

@@ -19,7 +19,7 @@ from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import bandwidth, ids, userns
 from supervisord_ctr.cri.container_report import publish_pod
-from supervisord_ctr.cri.core import Core, Stage
+from supervisord_ctr.cri.core import Core, Stage, all_of
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.model import Sandbox, TypedValue
 from supervisord_ctr.names import CRI_NAMESPACE, check_line
@@ -139,8 +139,8 @@ async def _run(core: Core, name: str, request: pb.RunPodSandboxRequest) -> str:
             await _make(core, pod, wanted, net, stage)
             stage.enter("record")
             pod.stage, pod.created_at = "ready", time.time_ns()
+            await all_of(core.networks.confirm(pod_id), _store(core, pod), core.state.save_pod(pod))
             core.state.add_pod(pod)
-            await core.state.save_pod(pod)
             undo.pop_all()
     faults.point(RECORDED)
     publish_pod(core, pod, pb.CONTAINER_CREATED_EVENT)
@@ -149,26 +149,36 @@ async def _run(core: Core, name: str, request: pb.RunPodSandboxRequest) -> str:
 
 
 async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, stage: Stage) -> None:
-    """Namespaces first, then network, files and the stored sandbox side by side."""
-    await core.executors.run_io(core.environments.make_network_namespace, wanted)
-    faults.point(ENVIRONMENT)
-    stage.enter("network" if net else "files")
+    """The network namespace beside the record of the intent, then network and files side by side."""
+    made = core.owner.start(
+        core.executors.run_io(core.environments.make_network_namespace, wanted), f"namespaces {pod.id}"
+    )
+
+    async def rest() -> None:
+        await made
+        faults.point(ENVIRONMENT)
+        stage.enter("network" if net else "files")
+        await core.executors.run_io(core.environments.make_rest, wanted)
+
     try:
         async with asyncio.TaskGroup() as group:
-            attached = group.create_task(_attach(core, pod, net))
-            group.create_task(core.executors.run_io(core.environments.make_rest, wanted))
-            group.create_task(_store(core, pod))
+            attached = group.create_task(_attach(core, pod, net, made))
+            group.create_task(rest())
     except BaseExceptionGroup as failures:
         raise _first(failures) from failures
+    finally:
+        await asyncio.wait((made,))
     pod.addresses = attached.result()
     faults.point(NETWORK)
 
 
-async def _attach(core: Core, pod: Pod, net: cni.Request | None) -> list[str]:
+async def _attach(
+    core: Core, pod: Pod, net: cni.Request | None, namespace: asyncio.Task[None]
+) -> list[str]:
     if net is None:
         return []
     try:
-        return await core.networks.attach(net)
+        return await core.networks.attach(net, asyncio.shield(namespace))
     except errors.Error as error:
         kind = type(error) if type(error).__init__ is errors.Error.__init__ else errors.Unknown
         raise kind(

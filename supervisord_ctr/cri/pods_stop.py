@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 
 from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
@@ -97,12 +96,16 @@ async def _remove(core: Core, pod: Pod) -> None:
             return
         faults.point(REMOVING)
         await core.executors.run_io(core.environments.remove, pod.id)
-        await core.executors.run_io(shutil.rmtree, core.pod_folder(pod.id), True)
-        try:
-            await core.database.sandboxes.delete(CRI_NAMESPACE, pod.id)
-        except errors.NotFound:
-            log.debug("sandbox %s was not in the sandbox store", pod.id)
+        stored = core.owner.start(_forget_stored(core, pod), f"stored sandbox {pod.id}")
         pod.stage = "removing"
         pod.changed()
         publish_pod(core, pod, pb.CONTAINER_DELETED_EVENT, with_status=False)
         await core.state.forget_pod(pod)
+        await stored
+
+
+async def _forget_stored(core: Core, pod: Pod) -> None:
+    try:
+        await core.database.sandboxes.delete(CRI_NAMESPACE, pod.id)
+    except errors.NotFound:
+        log.debug("sandbox %s was not in the sandbox store", pod.id)

@@ -81,6 +81,20 @@ def prefer(found: Sequence[str], preference: str = "ipv4") -> list[str]:
     return list(found)
 
 
+def _has_nothing_to_do(plugin: Mapping[str, Any], request: Request) -> bool:
+    """Whether a chained plugin of the CNI project would hand on the result it gets, as it does without its capability.
+
+    Starting it only to learn that costs as much as the rest of a pod's network. Known for two
+    plugins, whose documentation says so; every other one is run whatever was asked.
+    """
+    if plugin["type"] == "portmap":
+        return not request.capabilities.get("portMappings")
+    if plugin["type"] == "bandwidth":
+        stated = any(plugin.get(key) for key in ("ingressRate", "egressRate"))
+        return not stated and not request.capabilities.get("bandwidth")
+    return False
+
+
 class Cni:
     """The plugins of this host and the networks of one configuration folder."""
 
@@ -116,6 +130,8 @@ class Cni:
     async def _add_one(self, request: Request, attachment: Attachment) -> Attachment:
         previous: Mapping[str, Any] | None = None
         for plugin in attachment.network.plugins:
+            if previous is not None and _has_nothing_to_do(plugin, request):
+                continue
             previous = await self._run("ADD", request, attachment, plugin, previous)
         return replace(attachment, result=previous or {})
 
@@ -125,6 +141,8 @@ class Cni:
             if not attachment.network.supports("0.4.0") or attachment.network.disable_check:
                 continue
             for plugin in attachment.network.plugins:
+                if plugin is not attachment.network.plugins[0] and _has_nothing_to_do(plugin, request):
+                    continue
                 await self._run("CHECK", request, attachment, plugin, attachment.result)
 
     async def delete(self, request: Request, attachments: Sequence[Attachment]) -> None:
@@ -136,6 +154,8 @@ class Cni:
         for attachment in reversed(attachments):
             try:
                 for plugin in reversed(attachment.network.plugins):
+                    if plugin is not attachment.network.plugins[0] and _has_nothing_to_do(plugin, request):
+                        continue
                     await self._run("DEL", request, attachment, plugin, attachment.result)
             except errors.Error as error:
                 failures.append(error)

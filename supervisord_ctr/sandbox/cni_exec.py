@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,26 +64,56 @@ async def run_plugin(
         "CNI_PATH": ":".join(folders),
     }
     name = os.path.basename(path)
+    streams = [os.memfd_create(f"cni-{word}", os.MFD_CLOEXEC) for word in ("config", "result", "complaints")]
     try:
-        process = await asyncio.create_subprocess_exec(
-            path, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env=environment, start_new_session=True, limit=_LIMIT,
-        )
-    except OSError as error:
-        raise errors.from_os_error(error, f"cni plugin {name} cannot be run:") from error
+        os.write(streams[0], json.dumps(config).encode())
+        os.lseek(streams[0], 0, os.SEEK_SET)
+        try:
+            process = await asyncio.to_thread(_start, path, environment, streams)
+        except OSError as error:
+            raise errors.from_os_error(error, f"cni plugin {name} cannot be run:") from error
+        if not await _wait(process, timeout):
+            raise errors.DeadlineExceeded(
+                f"cni plugin {name} did not finish {command} within {timeout:g} s", kind="cni plugin", key=name
+            )
+        output, complaints = (os.pread(fd, _LIMIT, 0) for fd in streams[1:])
+        return _answer(name, command, process.returncode, output, complaints)
+    finally:
+        for fd in streams:
+            os.close(fd)
+
+
+def _start(path: str, environment: Mapping[str, str], streams: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start the program with files in memory as its streams: nothing has to be pumped while it runs."""
+    return subprocess.Popen(
+        [path], stdin=streams[0], stdout=streams[1], stderr=streams[2], env=dict(environment), start_new_session=True
+    )
+
+
+def _wake(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
+async def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Reap the process; False when it had to be killed, with its group, because the time was up."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    watch = os.pidfd_open(process.pid)
+    loop.add_reader(watch, _wake, ended)
     try:
         async with asyncio.timeout(timeout):
-            output, complaints = await process.communicate(json.dumps(config).encode())
+            await ended
+        return True
     except TimeoutError:
-        raise errors.DeadlineExceeded(
-            f"cni plugin {name} did not finish {command} within {timeout:g} s", kind="cni plugin", key=name
-        ) from None
+        return False
     finally:
-        if process.returncode is None:
+        loop.remove_reader(watch)
+        os.close(watch)
+        if not ended.done() or ended.cancelled():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-    return _answer(name, command, process.returncode or 0, output[:_LIMIT], complaints)
+        process.wait()
 
 
 def _answer(name: str, command: str, status: int, output: bytes, complaints: bytes) -> dict[str, Any]:

@@ -7,9 +7,10 @@ addresses go back. Uses CNI, or the embedded bridge where the configuration asks
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,11 +110,13 @@ class PodNetworks:
         """IDs with a record."""
         return list(self._attached)
 
-    async def attach(self, request: cni.Request) -> list[str]:
+    async def attach(self, request: cni.Request, namespace: Awaitable[None] | None = None) -> list[str]:
         """Attach a pod and return its addresses, the first being its main one.
 
-        On failure whatever was attached has been detached again; when that failed too, the record
-        stays and `detach` tries again.
+        `namespace` makes the network namespace; it is awaited while the intent is written. The result
+        is in memory on return and on disk after `confirm`: until then the intent alone is, which is
+        all that DEL needs. On failure whatever was attached has been detached again; when that
+        failed too, the record stays and `detach` tries again.
         """
         pod_id = request.container_id
         async with self._locks.hold(pod_id):
@@ -121,16 +124,25 @@ class PodNetworks:
             if known is not None and known.addresses:
                 return list(known.addresses)
             planned = self._plan(request)
-            await self._save(pod_id, planned)
-            faults.point(INTENT)
             try:
+                if namespace is None:
+                    await self._save(pod_id, planned)
+                else:
+                    await asyncio.gather(self._save(pod_id, planned), namespace)
+                faults.point(INTENT)
                 done = await self._attach(planned)
             except BaseException:
                 await self._undo(pod_id)
                 raise
             faults.point(ADDED)
-            await self._save(pod_id, done)
+            self._attached[pod_id] = done
             return list(done.addresses)
+
+    async def confirm(self, pod_id: str) -> None:
+        """Write down how a pod is attached."""
+        known = self._attached.get(pod_id)
+        if known is not None:
+            await self.records.put(KIND, pod_id, known.encode())
 
     def _plan(self, request: cni.Request) -> Attached:
         try:
