@@ -45,7 +45,6 @@ from supervisord_ctr.ttrpc.client import Client
 log = logging.getLogger(__name__)
 
 _FORKED = faults.declare("runtime.shim.forked", "a shim process runs and nothing on disk tells of it yet")
-_RECORDED = faults.declare("runtime.shim.recorded", "the bundle tells of its shim, the shim knows no task yet")
 
 #: Newest task API that we speak.
 NEWEST = 3

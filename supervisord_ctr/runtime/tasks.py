@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_RECORDED = faults.declare("runtime.shim.recorded", "the bundle tells of its shim, the shim knows no task yet")
 _CREATED = faults.declare("runtime.task.created", "the shim made the container, the client has no answer yet")
 _STARTED = faults.declare("runtime.task.started", "the process runs, the client has no answer yet")
 _DELETED = faults.declare("runtime.task.deleted", "the shim took the container away, its bundle still exists")
@@ -231,6 +232,7 @@ class Tasks:
             await making
             task.record = replace(task.shim.record, runtime=runtime or self.config.default)
             await self._executors.run_io(bundle.write_record, task.record)
+            faults.point(_RECORDED)
             try:
                 task.pid = await task.shim.service.create(
                     container_id, bundle=str(bundle.path), rootfs=rootfs, terminal=streams.terminal,
