@@ -17,8 +17,13 @@ from pathlib import Path
 
 from supervisord_ctr import __version__
 from supervisord_ctr.aio import Executors
+from supervisord_ctr.api.cri.v1.cri_pb2_grpc import (
+    add_ImageServiceServicer_to_server,
+    add_RuntimeServiceServicer_to_server,
+)
 from supervisord_ctr.api.services.containers.v1.containers_pb2_grpc import add_ContainersServicer_to_server
 from supervisord_ctr.api.services.content.v1.content_pb2_grpc import add_ContentServicer_to_server
+from supervisord_ctr.api.services.diff.v1.diff_pb2_grpc import add_DiffServicer_to_server
 from supervisord_ctr.api.services.events.v1.events_pb2_grpc import add_EventsServicer_to_server
 from supervisord_ctr.api.services.images.v1.images_pb2_grpc import add_ImagesServicer_to_server
 from supervisord_ctr.api.services.introspection.v1.introspection_pb2_grpc import add_IntrospectionServicer_to_server
@@ -33,7 +38,13 @@ from supervisord_ctr.api.services.tasks.v1.tasks_pb2_grpc import add_TasksServic
 from supervisord_ctr.api.services.version.v1.version_pb2_grpc import add_VersionServicer_to_server
 from supervisord_ctr.config import Config
 from supervisord_ctr.content import LocalContent
+from supervisord_ctr.cri.fetcher import PullerFetcher
+from supervisord_ctr.cri.room import CriRoom
+from supervisord_ctr.diff.pool import UnpackPool
 from supervisord_ctr.events import Exchange
+from supervisord_ctr.images.hosts import HostsConfig
+from supervisord_ctr.images.http import Http, Timeouts
+from supervisord_ctr.images.pull import Puller
 from supervisord_ctr.lifecycle import Notifier, exclusive, make_private_folder, stop_signals
 from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine
@@ -43,6 +54,7 @@ from supervisord_ctr.rpc import RpcServer
 from supervisord_ctr.runtime import RuntimeConfig, Tasks, Zygote
 from supervisord_ctr.services.containers import ContainersService
 from supervisord_ctr.services.content import ContentService
+from supervisord_ctr.services.diff import DiffService
 from supervisord_ctr.services.events import EventsService
 from supervisord_ctr.services.images import ImagesService
 from supervisord_ctr.services.introspection import IntrospectionService, Part, server_uuid
@@ -57,6 +69,7 @@ from supervisord_ctr.settings import Settings
 from supervisord_ctr.snapshots import Snapshotter
 from supervisord_ctr.snapshots.native import NativeSnapshotter
 from supervisord_ctr.snapshots.overlay import OverlaySnapshotter
+from supervisord_ctr.streaming.server import StreamingServer
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +140,30 @@ class Daemon:
         await tasks.recover()
         stack.push_async_callback(tasks.close)
 
+        timeouts = Timeouts(settings.registry.connect_timeout, settings.registry.header_timeout,
+                            settings.registry.stall_timeout, settings.registry.minimum_rate)
+        http = Http(timeouts)
+        stack.push_async_callback(http.close)
+        pool = UnpackPool()
+        stack.push_async_callback(pool.close)
+        puller = Puller(database, executors, pool, http, HostsConfig(settings.registry.config_path),
+                        scratch=state, default_snapshotter=settings.snapshots.default,
+                        max_downloads=settings.registry.max_concurrent_downloads, retries=settings.registry.retries)
+        stack.push_async_callback(puller.close)
+
+        http = Http(timeouts(settings))
+        stack.push_async_callback(http.close)
+        pool = UnpackPool()
+        stack.push_async_callback(pool.close)
+        scratch = root / "scratch"
+        make_private_folder(scratch)
+        puller = Puller(
+            database, executors, pool, http, HostsConfig(settings.registry.config_path), scratch=scratch,
+            default_snapshotter=settings.snapshots.default, max_downloads=settings.registry.max_concurrent_downloads,
+            retries=settings.registry.retries,
+        )
+        stack.push_async_callback(puller.close)
+
         server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid,
                            max_receive=settings.grpc.max_receive_size, max_send=settings.grpc.max_send_size)
         native = "containerd.services."
@@ -136,6 +173,7 @@ class Daemon:
         server.add(f"{native}images.v1.Images", add_ImagesServicer_to_server, ImagesService(database))
         server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
         server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))
+        server.add(f"{native}diff.v1.Diff", add_DiffServicer_to_server, DiffService(database, executors, pool, scratch))
         server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
         server.add(f"{native}events.v1.Events", add_EventsServicer_to_server, EventsService(exchange))
         server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server, TasksService(tasks, database, executors))
@@ -144,6 +182,27 @@ class Daemon:
         server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
         server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server,
                    SandboxControllerService({"shim": tasks.sandboxes}, exchange))
+        if settings.cri.enabled:
+            cri = CriRoom(settings, database, tasks, zygote, exchange, executors,
+                          PullerFetcher(puller, settings.cri.image_pull_progress_timeout))
+            await cri.start()
+            stack.push_async_callback(cri.close)
+            streaming = StreamingServer(cri.backend, settings.cri.streaming)
+            await streaming.start()
+            stack.push_async_callback(streaming.close)
+            server.add("runtime.v1.RuntimeService", add_RuntimeServiceServicer_to_server,
+                       cri.runtime_service(streaming))
+            server.add("runtime.v1.ImageService", add_ImageServiceServicer_to_server, cri.image_service())
+        if settings.cri.enabled:
+            cri = CriRoom(settings, database, tasks, zygote, exchange, executors, PullerFetcher(puller), puller)
+            await cri.start()
+            stack.push_async_callback(cri.close)
+            streaming = StreamingServer(cri.backend, settings.cri.streaming)
+            await streaming.start()
+            stack.push_async_callback(streaming.close)
+            server.add("runtime.v1.RuntimeService", add_RuntimeServiceServicer_to_server,
+                       cri.runtime_service(streaming))
+            server.add("runtime.v1.ImageService", add_ImageServiceServicer_to_server, cri.image_service())
         return server
 
 
@@ -157,6 +216,12 @@ def runtime_config(settings: Settings) -> RuntimeConfig:
         default=chosen.type, own=frozenset(own), oci_runtime=chosen.binary or "runc", oci_root=chosen.root,
         debug=settings.runtime.shim_debug,
     )
+
+
+def timeouts(settings: Settings) -> Timeouts:
+    """The registry client's patience."""
+    told = settings.registry
+    return Timeouts(told.connect_timeout, told.header_timeout, told.stall_timeout, told.minimum_rate)
 
 
 def parts(settings: Settings, root: Path, database: Database) -> list[Part]:

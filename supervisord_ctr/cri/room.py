@@ -7,16 +7,16 @@ composition root; `backend` is what its streaming server serves.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from supervisord_ctr.aio import Executors, Operations, TaskOwner
 from supervisord_ctr.cri import recovery
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.events import EventHub
+from supervisord_ctr.cri.fetcher import PullerFetcher
 from supervisord_ctr.cri.image_reader import ImageReader
 from supervisord_ctr.cri.image_service import ImageService
 from supervisord_ctr.cri.image_store import ImageStore
-from supervisord_ctr.cri.images import Fetcher
 from supervisord_ctr.cri.service import RuntimeService
 from supervisord_ctr.cri.state import State
 from supervisord_ctr.cri.streaming_backend import StreamingBackend
@@ -54,7 +54,7 @@ class CriRoom:
 
     def __init__(
         self, settings: Settings, database: Database, tasks: Tasks, zygote: Zygote, exchange: Exchange,
-        executors: Executors, fetcher: Fetcher, unpacker: Any,
+        executors: Executors, fetcher: PullerFetcher,
     ) -> None:
         self._owner = TaskOwner("cri")
         self._exchange = exchange
@@ -69,7 +69,7 @@ class CriRoom:
             owner=self._owner, operations=Operations(self._owner), state=State(database.cri), events=EventHub(),
             environments=Environments(run / "sandboxes"), networks=PodNetworks(plugins, database.cri, bridge),
             forker=_Forker(zygote),
-            images=ImageStore(database, ImageReader(database, unpacker), settings.cri.pinned_images),
+            images=ImageStore(database, ImageReader(database, fetcher), settings.cri.pinned_images),
             root=root, run=run,
         )
         self.backend = StreamingBackend(self.core)
