@@ -140,17 +140,6 @@ class Daemon:
         await tasks.recover()
         stack.push_async_callback(tasks.close)
 
-        timeouts = Timeouts(settings.registry.connect_timeout, settings.registry.header_timeout,
-                            settings.registry.stall_timeout, settings.registry.minimum_rate)
-        http = Http(timeouts)
-        stack.push_async_callback(http.close)
-        pool = UnpackPool()
-        stack.push_async_callback(pool.close)
-        puller = Puller(database, executors, pool, http, HostsConfig(settings.registry.config_path),
-                        scratch=state, default_snapshotter=settings.snapshots.default,
-                        max_downloads=settings.registry.max_concurrent_downloads, retries=settings.registry.retries)
-        stack.push_async_callback(puller.close)
-
         http = Http(timeouts(settings))
         stack.push_async_callback(http.close)
         pool = UnpackPool()
@@ -185,16 +174,6 @@ class Daemon:
         if settings.cri.enabled:
             cri = CriRoom(settings, database, tasks, zygote, exchange, executors,
                           PullerFetcher(puller, settings.cri.image_pull_progress_timeout))
-            await cri.start()
-            stack.push_async_callback(cri.close)
-            streaming = StreamingServer(cri.backend, settings.cri.streaming)
-            await streaming.start()
-            stack.push_async_callback(streaming.close)
-            server.add("runtime.v1.RuntimeService", add_RuntimeServiceServicer_to_server,
-                       cri.runtime_service(streaming))
-            server.add("runtime.v1.ImageService", add_ImageServiceServicer_to_server, cri.image_service())
-        if settings.cri.enabled:
-            cri = CriRoom(settings, database, tasks, zygote, exchange, executors, PullerFetcher(puller), puller)
             await cri.start()
             stack.push_async_callback(cri.close)
             streaming = StreamingServer(cri.backend, settings.cri.streaming)
