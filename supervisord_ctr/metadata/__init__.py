@@ -18,10 +18,10 @@ from supervisord_ctr.metadata.namespaces import Namespaces
 from supervisord_ctr.metadata.records import SnapshotRecords
 from supervisord_ctr.metadata.sandboxes import Sandboxes
 from supervisord_ctr.metadata.snapshots import NamespacedSnapshotter
-from supervisord_ctr.metadata.tables import Addresses, CriRecords
+from supervisord_ctr.metadata.tables import Activations, Addresses, CriRecords
 
 __all__ = [
-    "Addresses", "BlobReader", "Collector", "Containers", "Content", "ContentWriter", "CriRecords", "Database",
-    "Engine",
-    "GcReport", "Images", "Leases", "NamespacedSnapshotter", "Namespaces", "Publish", "Sandboxes", "SnapshotRecords",
+    "Activations", "Addresses", "BlobReader", "Collector", "Containers", "Content", "ContentWriter", "CriRecords",
+    "Database", "Engine", "GcReport", "Images", "Leases", "NamespacedSnapshotter", "Namespaces", "Publish",
+    "Sandboxes", "SnapshotRecords",
 ]

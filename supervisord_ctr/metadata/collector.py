@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,6 +174,8 @@ class Collector:
         self._waiting: asyncio.Task[GcReport] | None = None
         self._next_expiry: float | None = None
         self.last: GcReport | None = None
+        #: Further parts of a pass, by other rooms: each returns what it removed and raises `errors.Error`.
+        self.parts: list[Callable[[], Awaitable[list[tuple[str, str, str]]]]] = []
 
     # Scheduling.
 
@@ -265,9 +267,9 @@ class Collector:
                 gone = await self._engine.write(lambda tx: self._remove_rows(tx, doomed, changes))
                 removed = [(node.namespace, node.kind, node.key) for node in gone]
                 faults.point(ROWS)
-            for part in (self._clean_content, self._clean_snapshots):
+            for part in (lambda: self._clean_content(errors), lambda: self._clean_snapshots(errors), *self.parts):
                 try:
-                    removed.extend(await part(errors))
+                    removed.extend(await part())
                 except (Error, OSError) as error:
                     errors.append(str(error))
                     log.warning("gc: %s", error)

@@ -27,7 +27,7 @@ from supervisord_ctr.metadata.leases import Leases
 from supervisord_ctr.metadata.namespaces import Namespaces
 from supervisord_ctr.metadata.sandboxes import Sandboxes
 from supervisord_ctr.metadata.snapshots import NamespacedSnapshotter
-from supervisord_ctr.metadata.tables import Addresses, CriRecords
+from supervisord_ctr.metadata.tables import Activations, Addresses, CriRecords
 from supervisord_ctr.snapshots import Snapshotter
 
 #: Tells of an event: namespace, topic, message.
@@ -75,6 +75,7 @@ class Database:
         self.leases = Leases(engine, self.gc.collect)
         self.cri = CriRecords(engine)
         self.addresses = Addresses(engine)
+        self.activations = Activations(engine)
         #: Snapshotters that could not be opened, with the reason.
         self.unavailable: dict[str, str] = {}
 

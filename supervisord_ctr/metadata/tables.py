@@ -1,10 +1,11 @@
-"""Small tables that other rooms keep here: CRI records and the address table."""
+"""Small tables that other rooms keep here: CRI records, the address table, activated mounts."""
 
 from __future__ import annotations
 
 import ipaddress
 
-from supervisord_ctr.errors import NotFound, ResourceExhausted
+from supervisord_ctr.errors import AlreadyExists, NotFound, ResourceExhausted
+from supervisord_ctr.metadata.codec import ensure_namespace
 from supervisord_ctr.metadata.engine import Engine, Transaction
 
 
@@ -92,3 +93,57 @@ class Addresses:
         """(address, owner) pairs."""
         rows = self._engine.rows("SELECT address, owner FROM addresses WHERE network = ?", (network,))
         return [(str(address), str(owner)) for address, owner in rows]
+
+
+class Activations:
+    """What the mount service activated, by namespace and name; the value is a JSON text of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def create(self, namespace: str, name: str, value: str) -> None:
+        """AlreadyExists."""
+
+        def work(tx: Transaction) -> None:
+            ensure_namespace(tx, namespace)
+            if not tx.execute("INSERT OR IGNORE INTO activations VALUES (?, ?, ?)", (namespace, name, value)):
+                raise AlreadyExists(f"mount {name!r}: already exists", kind="mount", key=name)
+
+        await self._engine.write(work)
+
+    async def get(self, namespace: str, name: str) -> str:
+        """NotFound."""
+        row = self._engine.row("SELECT value FROM activations WHERE namespace = ? AND name = ?", (namespace, name))
+        if row is None:
+            raise NotFound(f"mount {name!r}: not found", kind="mount", key=name)
+        return str(row[0])
+
+    async def list(self, namespace: str = "") -> list[tuple[str, str, str]]:
+        """(namespace, name, value), of all namespaces for an empty one."""
+        return [
+            (str(space), str(name), str(value))
+            for space, name, value in self._engine.rows(
+                "SELECT namespace, name, value FROM activations WHERE ? IN ('', namespace) ORDER BY namespace, name",
+                (namespace,),
+            )
+        ]
+
+    async def put(self, namespace: str, name: str, value: str) -> None:
+        """Replace the value of one that exists; NotFound."""
+
+        def work(tx: Transaction) -> None:
+            if not tx.execute(
+                "UPDATE activations SET value = ? WHERE namespace = ? AND name = ?", (value, namespace, name)
+            ):
+                raise NotFound(f"mount {name!r}: not found", kind="mount", key=name)
+
+        await self._engine.write(work)
+
+    async def delete(self, namespace: str, name: str) -> None:
+        """NotFound."""
+
+        def work(tx: Transaction) -> None:
+            if not tx.execute("DELETE FROM activations WHERE namespace = ? AND name = ?", (namespace, name)):
+                raise NotFound(f"mount {name!r}: not found", kind="mount", key=name)
+
+        await self._engine.write(work)

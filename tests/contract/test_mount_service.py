@@ -1,0 +1,170 @@
+"""The mount service, through gRPC: what it performs, what it leaves, what it forgets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from supervisord_ctr.api.services.mounts.v1 import mounts_pb2 as pb
+from supervisord_ctr.api.services.mounts.v1 import mounts_pb2_grpc
+from supervisord_ctr.api.types import types_pb2
+from supervisord_ctr.linux.mounts import mounts_below
+from supervisord_ctr.rpc import RpcServer
+from supervisord_ctr.services.mounts import MountManager, MountsService
+from tests.support.stores import open_stores
+
+METADATA = (("containerd-namespace", "ns"),)
+
+
+class Subject:
+    def __init__(self, folder: Path, manager: MountManager, stub: Any, stores: Any) -> None:
+        self.folder, self.manager, self.stub, self.stores = folder, manager, stub, stores
+
+
+@pytest.fixture
+async def subject(tmp_path: Path) -> AsyncIterator[Subject]:
+    async with open_stores(tmp_path / "stores") as stores:
+        folder = tmp_path / "mounts"
+        manager = MountManager(folder, stores.database, stores.executors)
+        await manager.open()
+        stores.database.gc.parts.append(manager.collect)
+        server = RpcServer(tmp_path / "s.sock")
+        server.add("containerd.services.mounts.v1.Mounts", mounts_pb2_grpc.add_MountsServicer_to_server,
+                   MountsService(manager))
+        await server.start()
+        async with grpc.aio.insecure_channel(
+            f"unix:{tmp_path / 's.sock'}", options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as channel:
+            yield Subject(folder, manager, mounts_pb2_grpc.MountsStub(channel), stores)
+        for item in await manager.list("ns"):
+            await manager.deactivate("ns", item.name)
+        await server.stop(1.0)
+        assert mounts_below(folder) == []
+
+
+def bind(source: Path, *options: str, kind: str = "bind") -> types_pb2.Mount:
+    return types_pb2.Mount(type=kind, source=str(source), options=["rbind", *options])
+
+
+async def code(work: Any) -> grpc.StatusCode:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await work
+    found: grpc.StatusCode = caught.value.code()
+    return found
+
+
+async def activate(subject: Subject, name: str, *mounts: types_pb2.Mount, **fields: Any) -> types_pb2.ActivationInfo:
+    metadata = fields.pop("metadata", METADATA)
+    request = pb.ActivateRequest(name=name, mounts=mounts, **fields)
+    answer: types_pb2.ActivationInfo = (await subject.stub.Activate(request, metadata=metadata)).info
+    return answer
+
+
+async def test_a_temporary_activation_performs_all(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("x")
+    info = await activate(subject, "m", bind(tmp_path / "a"), temporary=True, labels={"k": "v"})
+    assert (info.name, dict(info.labels), len(info.active)) == ("m", {"k": "v"}, 1)
+    assert info.active[0].mounted_at.seconds > 0
+    assert [(mount.type, list(mount.options)) for mount in info.system] == [("bind", ["rbind"])]
+    assert (Path(info.system[0].source) / "file").read_text() == "x"
+    assert await code(activate(subject, "m", bind(tmp_path / "a"), temporary=True)) == grpc.StatusCode.ALREADY_EXISTS
+    found = (await subject.stub.Info(pb.InfoRequest(name="m"), metadata=METADATA)).info
+    assert found == info
+    listed = [item.info.name async for item in subject.stub.List(
+        pb.ListRequest(filters=["labels.k==v"]), metadata=METADATA
+    )]
+    assert listed == ["m"]
+    assert [item async for item in subject.stub.List(pb.ListRequest(filters=["name==x"]), metadata=METADATA)] == []
+    await subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)
+    assert list(subject.folder.iterdir()) == []
+    for work in (subject.stub.Info(pb.InfoRequest(name="m"), metadata=METADATA),
+                 subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)):
+        assert await code(work) == grpc.StatusCode.NOT_FOUND
+
+
+async def test_what_the_client_can_mount_is_left_to_it(subject: Subject, tmp_path: Path) -> None:
+    assert await code(activate(subject, "m", bind(tmp_path))) == grpc.StatusCode.UNIMPLEMENTED
+    assert await code(activate(subject, "m", temporary=True)) == grpc.StatusCode.UNIMPLEMENTED
+    assert await code(activate(subject, "", bind(tmp_path), temporary=True)) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_formats_name_earlier_mounts(subject: Subject, tmp_path: Path) -> None:
+    for name in ("a", "b", "up", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "one").write_text("1")
+    (tmp_path / "b" / "two").write_text("2")
+    overlay = types_pb2.Mount(type="format/overlay", source="overlay", options=[
+        "lowerdir={{ overlay 0 1 }}", f"upperdir={tmp_path / 'up'}", f"workdir={tmp_path / 'work'}",
+    ])
+    info = await activate(subject, "m", bind(tmp_path / "a"), bind(tmp_path / "b"), overlay)
+    assert len(info.active) == 2
+    assert [mount.type for mount in info.system] == ["overlay"]
+    points = [item.mount_point for item in info.active]
+    assert f"lowerdir={points[0]}:{points[1]}" in info.system[0].options
+    await subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)
+    info = await activate(subject, "m", bind(tmp_path / "a"), bind(tmp_path / "b"), overlay, temporary=True)
+    merged = Path(info.system[-1].source)
+    assert sorted(path.name for path in merged.iterdir()) == ["one", "two"]
+    bad = types_pb2.Mount(type="format/bind", source="{{ mount 5 }}")
+    assert await code(activate(subject, "n", bind(tmp_path / "a"), bad)) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_folders_are_made_below_the_roots_only(subject: Subject, tmp_path: Path) -> None:
+    made = subject.folder / "made"
+    good = types_pb2.Mount(type="mkdir/bind", source=str(made), options=["rbind", f"X-containerd.mkdir.path={made}:0750"])
+    info = await activate(subject, "m", good, temporary=True)
+    assert list(info.active[0].mount.options) == ["rbind"]
+    assert made.stat().st_mode & 0o777 == 0o750
+    await subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)
+    made.rmdir()
+    outside = types_pb2.Mount(type="mkdir/bind", options=[f"X-containerd.mkdir.path={subject.folder}/../x"])
+    assert await code(activate(subject, "m", outside, temporary=True)) == grpc.StatusCode.UNIMPLEMENTED
+    assert not (tmp_path / "x").exists()
+
+
+async def test_a_failed_mount_leaves_nothing(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    failing = bind(tmp_path / "nowhere")
+    assert await code(activate(subject, "m", bind(tmp_path / "a"), failing, temporary=True)) == grpc.StatusCode.NOT_FOUND
+    assert list(subject.folder.iterdir()) == []
+    assert mounts_below(subject.folder) == []
+
+
+async def test_update_labels(subject: Subject, tmp_path: Path) -> None:
+    await activate(subject, "m", bind(tmp_path), temporary=True, labels={"a": "1"})
+
+    async def update(labels: dict[str, str], *paths: str) -> dict[str, str]:
+        request = pb.UpdateRequest(info=types_pb2.ActivationInfo(name="m", labels=labels))
+        request.update_mask.paths.extend(paths)
+        return dict((await subject.stub.Update(request, metadata=METADATA)).info.labels)
+
+    assert await update({"b": "2"}, "labels.b") == {"a": "1", "b": "2"}
+    assert await update({"c": "3"}) == {"c": "3"}
+    assert await code(update({}, "active")) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_p5_activations_of_lost_leases_are_collected(subject: Subject, tmp_path: Path) -> None:
+    await subject.stores.database.leases.create("ns", "l")
+    leased = (*METADATA, ("containerd-lease", "l"))
+    await activate(subject, "leased", bind(tmp_path), temporary=True, metadata=leased)
+    await activate(subject, "free", bind(tmp_path), temporary=True)
+    await subject.stores.database.gc.collect()
+    assert [item.name for item in await subject.manager.list("ns")] == ["free", "leased"]
+    await subject.stores.database.leases.delete("ns", "l", sync=True)
+    assert [item.name for item in await subject.manager.list("ns")] == ["free"]
+
+
+async def test_p5_the_next_daemon_keeps_what_is_mounted_and_forgets_the_rest(subject: Subject, tmp_path: Path) -> None:
+    await activate(subject, "kept", bind(tmp_path), temporary=True)
+    await activate(subject, "lost", bind(tmp_path), temporary=True)
+    lost = await subject.manager.info("ns", "lost")
+    subject.manager._unmount(lost.folder)
+    (subject.folder / "stray" / "0").mkdir(parents=True)
+    await subject.manager.open()
+    assert [item.name for item in await subject.manager.list("ns")] == ["kept"]
+    assert len(list(subject.folder.iterdir())) == 1
