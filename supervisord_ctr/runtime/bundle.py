@@ -17,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from supervisord_ctr import durable, errors, faults
+from supervisord_ctr import errors, faults
 from supervisord_ctr.linux import mounts
 from supervisord_ctr.names import check_identifier
 
@@ -100,7 +101,7 @@ class Bundle:
                 make_passable(work)
                 os.symlink(work, bundle.path / "work")
                 if spec is not None:
-                    _write(bundle.path / "config.json", spec)
+                    _write(f"{bundle.path}/config.json", spec)
             except BaseException:
                 bundle.delete()
                 raise
@@ -110,14 +111,18 @@ class Bundle:
         return bundle
 
     def write_record(self, record: Record) -> None:
-        """Write how to reach the shim; readers see all of it or none."""
-        bootstrap = {"version": record.version, "address": record.address, "protocol": record.protocol}
-        durable.write_atomic(self.path / "runtime.json", json.dumps(asdict(record)).encode(), sync=False)
-        _write(self.path / "bootstrap.json", json.dumps(bootstrap).encode())
-        if not (self.path / "address").exists():
-            _write(self.path / "address", record.address.encode())
+        """Write how to reach the shim, before the shim makes anything.
+
+        A foreign shim's program reads `bootstrap.json` and `address`, too; ours needs neither.
+        """
+        found = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        _write(f"{self.path}/runtime.json", json.dumps(found).encode())
         if record.binary:
-            _write(self.path / "shim-binary-path", record.binary.encode())
+            bootstrap = {"version": record.version, "address": record.address, "protocol": record.protocol}
+            _write(f"{self.path}/bootstrap.json", json.dumps(bootstrap).encode())
+            _write(f"{self.path}/shim-binary-path", record.binary.encode())
+            if not os.path.exists(f"{self.path}/address"):
+                _write(f"{self.path}/address", record.address.encode())
 
     def read_record(self) -> Record | None:
         """What `write_record` wrote, the address alone when the rest is damaged; None when nothing is left of it."""
@@ -133,18 +138,26 @@ class Bundle:
 
     def delete(self) -> None:
         """Unmount the root file system and remove the folders; may be repeated after any failure."""
+        for folder in self.withdraw():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def withdraw(self) -> list[str]:
+        """Unmount and free the names at once; returns the folders that are left to remove.
+
+        A daemon that dies in between finds them by their leading dot.
+        """
         faults.point(_REMOVING)
-        work = ""
-        with contextlib.suppress(OSError):
-            work = os.readlink(self.path / "work")
+        path = str(self.path)
+        left: list[str] = []
         try:
-            if self.path.exists():
-                mounts.unmount_all(self.rootfs)
-                _remove(self.path)
-            if work:
-                _remove(Path(work))
+            with contextlib.suppress(FileNotFoundError):
+                left.append(_hide(os.readlink(f"{path}/work")))
+            if os.path.isdir(path):
+                mounts.unmount_all(f"{path}/rootfs")
+                left.append(_hide(path))
         except OSError as error:
             raise errors.from_os_error(error, f"remove bundle of task {self.id}") from error
+        return left
 
 
 def make_passable(folder: Path) -> None:
@@ -168,7 +181,7 @@ def _object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: str, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         view = memoryview(data)
@@ -178,14 +191,12 @@ def _write(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def _remove(path: Path) -> None:
-    """Remove a tree so that nobody ever sees half of it under its own name."""
-    hidden = path.with_name(f".{path.name}")
-    with contextlib.suppress(FileNotFoundError):
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+def _hide(path: str) -> str:
+    """Rename a folder so that nobody ever sees half of it under its own name; returns the new one."""
+    parent, _, name = path.rpartition("/")
+    hidden = f"{parent}/.{name}-{secrets.token_hex(4)}"
+    os.rename(path, hidden)
+    return hidden
 
 
 def find_all(state: Path) -> list[Bundle]:

@@ -181,7 +181,7 @@ class Shims:
         `ready` is awaited before anything is written into the bundle: making it overlaps forking.
         """
         binary = self.resolve(launch.runtime)
-        async with self._groups.hold((launch.bundle.namespace, launch.group)):
+        async with self._groups.hold((launch.bundle.namespace, launch.group or launch.bundle.id)):
             shim = None if binary else self._of_group(launch.bundle.namespace, launch.group)
             if shim is None:
                 if binary and ready is not None:
@@ -350,7 +350,7 @@ class Shims:
     async def release(self, shim: Shim, task: str) -> None:
         """A task is gone from `shim`: ask it to end when that was the last one, and hang up."""
         shim.tasks.discard(task)
-        async with self._groups.hold((shim.namespace, shim.record.group)):
+        async with self._groups.hold((shim.namespace, shim.record.group or task)):
             if shim.lost or shim.tasks:
                 return
             try:

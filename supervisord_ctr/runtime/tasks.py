@@ -285,7 +285,8 @@ class Tasks:
         if task.checkpoint is not None and task.checkpoint.parent == self.scratch:
             await self._executors.run_io(shutil.rmtree, task.checkpoint, ignore_errors=True)
         try:
-            await self._executors.run_io(task.bundle.delete)
+            for folder in await self._executors.run_io(task.bundle.withdraw):
+                self._owner.start(self._executors.run_io(shutil.rmtree, folder, ignore_errors=True), f"remove {folder}")
         except errors.Error as error:
             log.error("task %s in %s: %s", task.id, task.namespace, error)
         if self._tasks.get((task.namespace, task.id)) is task:
@@ -398,8 +399,7 @@ class Tasks:
             failed = error
         faults.point(_DELETED)
         shim.tasks.discard(container_id)
-        await self.shims.release(shim, container_id)
-        await self._forget(task)
+        await asyncio.gather(self.shims.release(shim, container_id), self._forget(task))
         if failed is not None:
             raise failed
         return found

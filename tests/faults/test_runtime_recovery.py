@@ -227,5 +227,6 @@ def test_p5_p13_a_daemon_killed_at_a_trace_point_leaves_nothing_wrong(root: Path
         assert client.delete(name) == 3
         client.remove(name)
         client.remove(bystander)
-        assert list((daemon.state / "tasks" / daemon.namespace).iterdir()) == []
+        left = daemon.state / "tasks" / daemon.namespace
+        wait_until(lambda: list(left.iterdir()) == [], "no bundle is left", TIMEOUT)
         wait_until(lambda: list((daemon.state / "s").iterdir()) == [], "no socket is left", TIMEOUT)

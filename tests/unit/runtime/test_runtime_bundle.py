@@ -61,6 +61,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     record = Record("io.containerd.x.v1", "/bin/x", "unix:///run/x", pid=3, start_time=4, group="pod")
     bundle.write_record(record)
     assert bundle.read_record() == record
+    assert (bundle.path / "address").read_text() == "unix:///run/x"
     assert json.loads((bundle.path / "bootstrap.json").read_bytes()) == {
         "version": 3, "address": "unix:///run/x", "protocol": "ttrpc",
     }
@@ -70,7 +71,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"pid": 1}', '"x"'])
 def test_p6_a_damaged_record_still_leads_to_the_shim(tmp_path: Path, damage: str) -> None:
     bundle = _make(tmp_path)
-    bundle.write_record(Record("io.containerd.x.v1", address="unix:///run/x", version=2))
+    bundle.write_record(Record("io.containerd.x.v1", "/bin/x", "unix:///run/x", version=2))
     (bundle.path / "runtime.json").write_text(damage)
     assert bundle.read_record() == Record("", address="unix:///run/x", version=2)
     (bundle.path / "bootstrap.json").write_text(damage)

@@ -74,7 +74,7 @@ async def test_unknown_runtimes_are_refused(machine: Machine, runtime: str) -> N
     machine.store.add("c1", runtime=Runtime(runtime))
     with pytest.raises((errors.NotFound, errors.InvalidArgument)):
         await machine.tasks.create(NAMESPACE, "c1", rootfs=[])
-    assert machine.leftovers() == []
+    await wait_until(lambda: machine.leftovers() == [], 30, "nothing left")
 
 
 async def test_a_create_that_fails_leaves_nothing(machine: Machine) -> None:
@@ -167,7 +167,7 @@ async def test_p13_a_lost_shim_is_told_with_the_recorded_exit(machine: Machine) 
     assert waiting.result() == Exit(5, 1234.5, 100)
     await wait_until(lambda: machine.topics == ["/tasks/exit", "/tasks/delete"], 30, "the end is told")
     assert await machine.tasks.list(NAMESPACE) == []
-    assert machine.leftovers() == []
+    await wait_until(lambda: machine.leftovers() == [], 30, "nothing left")
     with pytest.raises(errors.NotFound):
         await machine.tasks.wait(NAMESPACE, "c1")
 
@@ -180,7 +180,7 @@ async def test_a_shim_that_dies_in_delete_is_cleaned_up_after(machine: Machine) 
     assert (await machine.tasks.delete(NAMESPACE, "c1")).status == 9
     assert machine.zygote.cleaned == ["c1"]
     assert machine.topics == ["/tasks/exit", "/tasks/delete"]
-    assert machine.leftovers() == []
+    await wait_until(lambda: machine.leftovers() == [], 30, "nothing left")
 
 
 async def test_p6_a_task_that_cannot_be_cleaned_up_stays_listed(machine: Machine) -> None:
@@ -252,7 +252,7 @@ async def test_p5_shims_that_died_meanwhile_are_cleaned_up_after(machine: Machin
     await machine.restart()
     assert await machine.tasks.list(NAMESPACE) == []
     assert machine.topics == ["/tasks/exit", "/tasks/delete"]
-    assert machine.leftovers() == []
+    await wait_until(lambda: machine.leftovers() == [], 30, "nothing left")
 
 
 async def test_p6_a_shim_that_does_not_answer_keeps_its_task_listed(machine: Machine) -> None:
@@ -290,7 +290,7 @@ async def test_p5_what_a_killed_daemon_left_between_two_steps_is_removed(machine
     await stray.start()
     await machine.restart()
     await wait_until(lambda: stray.ended, 30, "the stray shim ends")
-    assert machine.leftovers() == []
+    await wait_until(lambda: machine.leftovers() == [], 30, "nothing left")
 
 
 async def test_pods_keep_their_shim_over_a_restart(machine: Machine) -> None:
