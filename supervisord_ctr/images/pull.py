@@ -237,6 +237,13 @@ class Puller:
             await self.tie_snapshot(namespace, found.config, unpacker)
         return config
 
+    async def unpack_fitting(
+        self, namespace: str, target: Descriptor, snapshotter: str, platform: Platform, lease: str
+    ) -> None:
+        """Unpack what of `target` runs on `platform`; nothing of it doing so is fine (an import's other images)."""
+        with contextlib.suppress(NotFound):
+            await self.unpack(namespace, Image(target.digest, target), snapshotter, platform=platform, lease=lease)
+
     def unpacker(
         self, namespace: str, snapshotter: str, lease: str, layers: Sequence[Descriptor], config: ImageConfig,
         tracker: Tracker,

@@ -1,0 +1,234 @@
+"""containerd.services.streaming.v1.Streaming: streams that clients open ahead of a transfer.
+
+Owns the streams by namespace and name. The transfer service takes one by the name in its request and
+speaks over it: progress out, credentials asked and told, archives in and out. A stream ends with its
+call, and a slow client delays only what is sent to it (P9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from google.protobuf import any_pb2, empty_pb2
+from google.protobuf.message import DecodeError, Message
+
+from supervisord_ctr.api.services.streaming.v1 import streaming_pb2 as pb
+from supervisord_ctr.api.services.streaming.v1 import streaming_pb2_grpc
+from supervisord_ctr.api.types.transfer import transfer_pb2 as transfer
+from supervisord_ctr.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from supervisord_ctr.rpc import Context, namespace_of
+
+#: Bytes in one Data message, and how many may be under way unconfirmed (as containerd's clients expect).
+_PIECE = 32 << 10
+_WINDOW = 2 * _PIECE
+#: Messages that may wait for one client.
+_OUTGOING = 16
+
+
+def pack(message: Message) -> any_pb2.Any:
+    """An Any with the type URL that containerd writes: the full name alone."""
+    return any_pb2.Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
+
+
+def type_name(value: any_pb2.Any) -> str:
+    """The full name of the message in `value`."""
+    return str(value.type_url).rpartition("/")[2]
+
+
+class Stream:
+    """One open stream. `receive` gives None at the end; `send` raises Unavailable after it."""
+
+    def __init__(self, requests: AsyncIterator[any_pb2.Any]) -> None:
+        self._requests = requests
+        self._outgoing: deque[any_pb2.Any] = deque()
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def send(self, message: Message) -> None:
+        """Send one message; waits while the client does not read."""
+        async with self._changed:
+            while len(self._outgoing) >= _OUTGOING and not self._closed:
+                await self._changed.wait()
+            if self._closed:
+                raise Unavailable("the stream is closed", kind="stream")
+            self._outgoing.append(pack(message))
+            self._changed.notify_all()
+
+    async def outgoing(self) -> AsyncIterator[any_pb2.Any]:
+        """What is sent, for the call that carries it; ends after `close`."""
+        while True:
+            async with self._changed:
+                while not self._outgoing and not self._closed:
+                    await self._changed.wait()
+                if not self._outgoing:
+                    return
+                message = self._outgoing.popleft()
+                self._changed.notify_all()
+            yield message
+
+    async def receive(self) -> any_pb2.Any | None:
+        """The next message of the client."""
+        if self._closed:
+            return None
+        try:
+            return await anext(self._requests)
+        except StopAsyncIteration:
+            return None
+
+    async def close(self) -> None:
+        """End the call when everything is sent; twice is fine."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Streams:
+    """Streams that are open, by namespace and name."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, str], Stream] = {}
+
+    def register(self, namespace: str, name: str, stream: Stream) -> None:
+        """AlreadyExists for a name in use."""
+        if (namespace, name) in self._open:
+            raise AlreadyExists(f"stream {name}: already exists", kind="stream", key=name)
+        self._open[(namespace, name)] = stream
+
+    def get(self, namespace: str, name: str) -> Stream:
+        """NotFound."""
+        found = self._open.get((namespace, name))
+        if found is None:
+            raise NotFound(f"stream {name}: not found", kind="stream", key=name)
+        return found
+
+    def forget(self, namespace: str, name: str) -> None:
+        """The stream's call ended."""
+        self._open.pop((namespace, name), None)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+class StreamingService(streaming_pb2_grpc.StreamingServicer):
+    """Lets clients open streams."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+
+    async def Stream(
+        self, request_iterator: AsyncIterator[any_pb2.Any], context: Context
+    ) -> AsyncIterator[any_pb2.Any]:
+        """The first message names the stream; the call lasts until either side is done with it."""
+        namespace = namespace_of(context)
+        try:
+            first = await anext(request_iterator)
+            init = pb.StreamInit.FromString(first.value)
+        except StopAsyncIteration:
+            return
+        except DecodeError as error:
+            raise InvalidArgument(f"the first message of a stream must be a StreamInit: {error}") from error
+        if not init.id:
+            raise InvalidArgument("a stream needs an id", kind="stream")
+        stream = Stream(request_iterator)
+        self._streams.register(namespace, init.id, stream)
+        try:
+            yield pack(empty_pb2.Empty())
+            async for message in stream.outgoing():
+                yield message
+        finally:
+            self._streams.forget(namespace, init.id)
+            await stream.close()
+
+
+class ByteReader:
+    """The bytes that a client sends in Data messages, asked for window by window."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._window = 0
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end."""
+        while True:
+            if self._window < _WINDOW:
+                await self._stream.send(transfer.WindowUpdate(update=_WINDOW))
+                self._window += _WINDOW
+            message = await self._stream.receive()
+            if message is None:
+                return b""
+            if type_name(message) != transfer.Data.DESCRIPTOR.full_name:
+                continue
+            data = transfer.Data.FromString(message.value).data
+            self._window -= len(data)
+            if data:
+                return data
+
+    async def close(self) -> None:
+        """End the stream."""
+        await self._stream.close()
+
+
+class ByteWriter:
+    """Sends bytes in Data messages, as many as the client has asked for."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._window = 0
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; waits for the client's window. Unavailable when it went away."""
+        view = memoryview(data)
+        while view:
+            while self._window <= 0:
+                message = await self._stream.receive()
+                if message is None:
+                    raise Unavailable("the receiver of the stream went away", kind="stream")
+                if type_name(message) == transfer.WindowUpdate.DESCRIPTOR.full_name:
+                    self._window += transfer.WindowUpdate.FromString(message.value).update
+            piece = view[:min(_PIECE, self._window)]
+            await self._stream.send(transfer.Data(data=bytes(piece)))
+            self._window -= len(piece)
+            view = view[len(piece):]
+
+    async def close(self) -> None:
+        """End the stream: the client sees its end of file."""
+        await self._stream.close()
+
+
+class ProgressSender:
+    """Sends progress without ever delaying who makes it: what a slow client missed is left out."""
+
+    def __init__(self, stream: Stream, limit: int = 1024) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._queue: deque[transfer.Progress] = deque()
+        self._ready = asyncio.Event()
+        self._ended = False
+
+    def offer(self, message: transfer.Progress) -> None:
+        """Queue one event; beyond the limit the oldest goes."""
+        if len(self._queue) >= self._limit:
+            self._queue.popleft()
+        self._queue.append(message)
+        self._ready.set()
+
+    def end(self) -> None:
+        """No more events: `run` returns when all are sent."""
+        self._ended = True
+        self._ready.set()
+
+    async def run(self) -> None:
+        """Send until `end`."""
+        while True:
+            while self._queue:
+                try:
+                    await self._stream.send(self._queue.popleft())
+                except Unavailable:
+                    self._queue.clear()
+                    self._ended = True
+            if self._ended:
+                return
+            self._ready.clear()
+            await self._ready.wait()
