@@ -25,7 +25,7 @@ from supervisord_ctr.diff.stream import Limits
 from supervisord_ctr.errors import AlreadyExists, InvalidArgument, NotFound
 from supervisord_ctr.images import manifest as documents
 from supervisord_ctr.images import platforms, reference
-from supervisord_ctr.images.auth import Anonymous, Credential, Credentials, Static
+from supervisord_ctr.images.auth import Anonymous, Credentials
 from supervisord_ctr.images.config import ImageConfig, parse_config, read_manifest
 from supervisord_ctr.images.fetch import BlobFetcher
 from supervisord_ctr.images.hosts import HostsConfig
@@ -485,54 +485,3 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
         found = found or inner
     return found or group
 
-
-class NamespacePuller:
-    """The puller as one namespace sees it (Kubernetes' face), with credentials made from a request's fields."""
-
-    def __init__(self, puller: Puller, namespace: str) -> None:
-        self._puller = puller
-        self._namespace = namespace
-
-    async def pull(
-        self, name: str, *, snapshotter: str, credentials: Credentials | None, labels: dict[str, str]
-    ) -> Image:
-        """See `Puller.pull`."""
-        if isinstance(credentials, ImageLogin) and not credentials.server:
-            credentials = dataclasses.replace(credentials, server=reference.parse(name).domain)
-        return await self._puller.pull(
-            self._namespace, name, snapshotter=snapshotter, credentials=credentials, labels=labels
-        )
-
-    async def unpack(self, namespace: str, image: Image, snapshotter: str) -> None:
-        """See `Puller.unpack`."""
-        await self._puller.unpack(namespace, image, snapshotter)
-
-    @staticmethod
-    def login(
-        *, username: str = "", password: str = "", identity_token: str = "", registry_token: str = "", server: str = ""
-    ) -> Credentials:
-        """Credentials for one host alone: `server`, or else the image's own registry and no mirror of it (S15)."""
-        header = f"Bearer {registry_token}" if registry_token else ""
-        credential = Credential(username, password, header) if not identity_token else Credential("", identity_token)
-        return ImageLogin(credential, server)
-
-
-@dataclass(frozen=True)
-class ImageLogin:
-    """A request's credentials, for the host `server` only; without it for any host that serves the image."""
-
-    credential: Credential
-    server: str = ""
-
-    async def get(self, host: str) -> Credential:
-        """See `auth.Credentials`."""
-        if not self.server:
-            return self.credential
-        name = self.server.split("://", 1)[-1].split("/", 1)[0]
-        hub = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-        return self.credential if host == name or (host in hub and name in hub) else Credential()
-
-
-__all__ = [
-    "ImageLogin", "NamespacePuller", "PullRequest", "Puller", "RunningPull", "Static", "first_error", "store_image"
-]
