@@ -28,13 +28,16 @@ from supervisord_ctr.api.services.events.v1.events_pb2_grpc import add_EventsSer
 from supervisord_ctr.api.services.images.v1.images_pb2_grpc import add_ImagesServicer_to_server
 from supervisord_ctr.api.services.introspection.v1.introspection_pb2_grpc import add_IntrospectionServicer_to_server
 from supervisord_ctr.api.services.leases.v1.leases_pb2_grpc import add_LeasesServicer_to_server
+from supervisord_ctr.api.services.mounts.v1.mounts_pb2_grpc import add_MountsServicer_to_server
 from supervisord_ctr.api.services.namespaces.v1.namespaces_pb2_grpc import add_NamespacesServicer_to_server
 from supervisord_ctr.api.services.sandbox.v1.sandbox_pb2_grpc import (
     add_ControllerServicer_to_server,
     add_StoreServicer_to_server,
 )
 from supervisord_ctr.api.services.snapshots.v1.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
+from supervisord_ctr.api.services.streaming.v1.streaming_pb2_grpc import add_StreamingServicer_to_server
 from supervisord_ctr.api.services.tasks.v1.tasks_pb2_grpc import add_TasksServicer_to_server
+from supervisord_ctr.api.services.transfer.v1.transfer_pb2_grpc import add_TransferServicer_to_server
 from supervisord_ctr.api.services.version.v1.version_pb2_grpc import add_VersionServicer_to_server
 from supervisord_ctr.config import Config
 from supervisord_ctr.content import LocalContent
@@ -45,9 +48,10 @@ from supervisord_ctr.events import Exchange
 from supervisord_ctr.images.hosts import HostsConfig
 from supervisord_ctr.images.http import Http, Timeouts
 from supervisord_ctr.images.pull import Puller
+from supervisord_ctr.images.push import Pusher
 from supervisord_ctr.lifecycle import Notifier, exclusive, make_private_folder, stop_signals
 from supervisord_ctr.linux.mounts import supports_idmap
-from supervisord_ctr.metadata import Database, Engine
+from supervisord_ctr.metadata import Database, Engine, GcOptions
 from supervisord_ctr.model import Platform
 from supervisord_ctr.oci import limits
 from supervisord_ctr.rpc import RpcServer
@@ -59,16 +63,21 @@ from supervisord_ctr.services.events import EventsService
 from supervisord_ctr.services.images import ImagesService
 from supervisord_ctr.services.introspection import IntrospectionService, Part, server_uuid
 from supervisord_ctr.services.leases import LeasesService
+from supervisord_ctr.services.mounts import MountManager, MountsService
 from supervisord_ctr.services.namespaces import NamespacesService
+from supervisord_ctr.services.remote import GrpcRemote
 from supervisord_ctr.services.sandbox_controller import SandboxControllerService
 from supervisord_ctr.services.sandbox_store import SandboxStoreService
 from supervisord_ctr.services.snapshots import SnapshotsService
+from supervisord_ctr.services.streaming import StreamingService, Streams
 from supervisord_ctr.services.tasks import TasksService
+from supervisord_ctr.services.transfer import TransferService
 from supervisord_ctr.services.version import VersionService
 from supervisord_ctr.settings import Settings
 from supervisord_ctr.snapshots import Snapshotter
 from supervisord_ctr.snapshots.native import NativeSnapshotter
 from supervisord_ctr.snapshots.overlay import OverlaySnapshotter
+from supervisord_ctr.snapshots.proxy import ProxySnapshotter
 from supervisord_ctr.streaming.server import StreamingServer
 
 log = logging.getLogger(__name__)
@@ -128,9 +137,15 @@ class Daemon:
                 root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors, remap_ids=supports_idmap()),
             "native": NativeSnapshotter(root / "snapshots" / "native", engine.records("native"), executors),
         }
-        database = Database(engine, content, snapshotters, exchange.publish, executors)
+        for name, plugin in settings.proxy_plugins.items():
+            if plugin.type == "snapshot":
+                snapshotters[name] = ProxySnapshotter(name, GrpcRemote(plugin.address))
+        database = Database(engine, content, snapshotters, exchange.publish, executors, gc=gc_options(settings))
         await database.open()
         stack.push_async_callback(database.close)
+        mounts = MountManager(state / "mounts", database, executors)
+        await mounts.open()
+        database.gc.parts.append(mounts.collect)
 
         zygote = Zygote()
         await zygote.start()
@@ -146,12 +161,16 @@ class Daemon:
         stack.push_async_callback(pool.close)
         scratch = root / "scratch"
         make_private_folder(scratch)
+        hosts = HostsConfig(settings.registry.config_path)
         puller = Puller(
-            database, executors, pool, http, HostsConfig(settings.registry.config_path), scratch=scratch,
+            database, executors, pool, http, hosts, scratch=scratch,
             default_snapshotter=settings.snapshots.default, max_downloads=settings.registry.max_concurrent_downloads,
             retries=settings.registry.retries,
         )
         stack.push_async_callback(puller.close)
+        streams = Streams()
+        transfer = TransferService(database, puller, Pusher(database, executors, http, hosts), streams)
+        stack.push_async_callback(transfer.close)
 
         server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid,
                            max_receive=settings.grpc.max_receive_size, max_send=settings.grpc.max_send_size)
@@ -163,11 +182,14 @@ class Daemon:
         server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
         server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))
         server.add(f"{native}diff.v1.Diff", add_DiffServicer_to_server, DiffService(database, executors, pool, scratch))
+        server.add(f"{native}transfer.v1.Transfer", add_TransferServicer_to_server, transfer)
+        server.add(f"{native}streaming.v1.Streaming", add_StreamingServicer_to_server, StreamingService(streams))
         server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
         server.add(f"{native}events.v1.Events", add_EventsServicer_to_server, EventsService(exchange))
         server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server, TasksService(tasks, database, executors))
         server.add(f"{native}introspection.v1.Introspection", add_IntrospectionServicer_to_server,
                    IntrospectionService(parts(settings, root, database), server_uuid(root)))
+        server.add(f"{native}mounts.v1.Mounts", add_MountsServicer_to_server, MountsService(mounts))
         server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
         server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server,
                    SandboxControllerService({"shim": tasks.sandboxes}, exchange))
@@ -195,6 +217,14 @@ def runtime_config(settings: Settings) -> RuntimeConfig:
         default=chosen.type, own=frozenset(own), oci_runtime=chosen.binary or "runc", oci_root=chosen.root,
         debug=settings.runtime.shim_debug,
     )
+
+
+def gc_options(settings: Settings) -> GcOptions:
+    """When garbage is collected."""
+    told = settings.gc
+    return GcOptions(
+        schedule_delay=told.schedule_delay, startup_delay=told.startup_delay, period=told.interval or float("inf"),
+        deletion_threshold=told.deletion_threshold, mutation_threshold=told.mutation_threshold)
 
 
 def timeouts(settings: Settings) -> Timeouts:

@@ -7,7 +7,7 @@ them and when nobody needs them any more.
 
 from __future__ import annotations
 
-from supervisord_ctr.metadata.collector import Collector, GcReport
+from supervisord_ctr.metadata.collector import Collector, GcOptions, GcReport
 from supervisord_ctr.metadata.containers import Containers
 from supervisord_ctr.metadata.content import BlobReader, Content, ContentWriter
 from supervisord_ctr.metadata.database import Database, Publish
@@ -22,6 +22,6 @@ from supervisord_ctr.metadata.tables import Activations, Addresses, CriRecords
 
 __all__ = [
     "Activations", "Addresses", "BlobReader", "Collector", "Containers", "Content", "ContentWriter", "CriRecords",
-    "Database", "Engine", "GcReport", "Images", "Leases", "NamespacedSnapshotter", "Namespaces", "Publish",
+    "Database", "Engine", "GcOptions", "GcReport", "Images", "Leases", "NamespacedSnapshotter", "Namespaces", "Publish",
     "Sandboxes", "SnapshotRecords",
 ]

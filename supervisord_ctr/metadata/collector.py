@@ -50,6 +50,23 @@ class GcReport:
     dry_run: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class GcOptions:
+    """When passes run by themselves; the names are those of containerd's scheduler.
+
+    `pause_threshold` is the share of time that passes may take, `deletion_threshold` how many
+    deletions make one due (0: any), `mutation_threshold` how many changes do (0: none), `period` the
+    longest time between two.
+    """
+
+    schedule_delay: float = 0.2
+    startup_delay: float = 1.0
+    pause_threshold: float = 0.02
+    deletion_threshold: int = 0
+    mutation_threshold: int = 100
+    period: float = 600.0
+
+
 class _Source(Protocol):
     def rows(self, statement: str, values: Sequence[Value] = ()) -> list[Row]: ...
 
@@ -150,27 +167,22 @@ class Collector:
         content: Content,
         snapshotters: Mapping[str, NamespacedSnapshotter],
         executors: Executors,
+        options: GcOptions | None = None,
         *,
-        delay: float = 0.2,
-        period: float = 600.0,
-        mutation_threshold: int = 100,
-        pause: float = 0.02,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
         self._content = content
         self._snapshotters = snapshotters
         self._executors = executors
-        self._delay = delay
-        self._period = period
-        self._threshold = mutation_threshold
-        self._pause = pause
+        self._options = options or GcOptions()
         self._clock = clock
         self._lock = asyncio.Lock()
         self._owner = TaskOwner("gc")
         self._wake = asyncio.Event()
         self._due: float | None = None
         self._mutations = 0
+        self._deletions = 0
         self._waiting: asyncio.Task[GcReport] | None = None
         self._next_expiry: float | None = None
         self.last: GcReport | None = None
@@ -179,9 +191,9 @@ class Collector:
 
     # Scheduling.
 
-    def start(self, first: float = 1.0) -> None:
+    def start(self, first: float | None = None) -> None:
         """Begin to collect by itself; the first pass comes after `first` seconds."""
-        self._due = self._now() + first
+        self._due = self._now() + (self._options.startup_delay if first is None else first)
         self._owner.start(self._run(), "timer")
 
     async def close(self) -> None:
@@ -195,15 +207,20 @@ class Collector:
         return asyncio.get_running_loop().time()
 
     def schedule(self) -> None:
-        """Something was deleted: collect soon, but spend no more than a fiftieth of the time on it."""
+        """Something was deleted: collect soon, but spend no more than the allowed share of time on it."""
         spent = self.last.seconds if self.last is not None else 0.0
-        self._due_in(max(self._delay, spent / self._pause if self._pause else 0.0))
+        pause = min(0.5, self._options.pause_threshold)
+        self._due_in(max(self._options.schedule_delay, spent / pause if pause > 0 else 0.0))
 
     def mutated(self, dirty: bool) -> None:
         """Called after every mutation; `dirty` ones may have left garbage."""
         self._mutations += 1
-        if dirty or self._mutations >= self._threshold:
-            self._mutations = 0
+        self._deletions += dirty
+        options = self._options
+        if (dirty and self._deletions > options.deletion_threshold) or (
+            0 < options.mutation_threshold <= self._mutations
+        ):
+            self._mutations = self._deletions = 0
             self.schedule()
 
     def _due_in(self, seconds: float) -> None:
@@ -215,12 +232,12 @@ class Collector:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            wait = self._period if self._due is None else self._due - self._now()
+            wait = self._options.period if self._due is None else self._due - self._now()
             if self._next_expiry is not None:
                 wait = min(wait, self._next_expiry - self._clock() + 0.05)
             if wait > 0:
                 try:
-                    async with asyncio.timeout(wait):
+                    async with asyncio.timeout(min(wait, 86400.0)):
                         await self._wake.wait()
                         continue
                 except TimeoutError:
@@ -230,7 +247,7 @@ class Collector:
                 await self.collect()
             except Error as error:
                 log.warning("gc: the pass failed: %s", error)
-                self._due_in(self._period / 10)
+                self._due_in(60.0)
 
     async def collect(self, *, dry_run: bool = False) -> GcReport:
         """Run a pass that begins after this call; callers that wait at the same time share it."""
@@ -258,7 +275,9 @@ class Collector:
         begin = time.monotonic()
         changes = self._engine.changes
         graph = await self._executors.run_io(self._read)
-        self._next_expiry = graph.next_expiry
+        if graph.next_expiry != self._next_expiry:
+            self._next_expiry = graph.next_expiry
+            self._wake.set()
         doomed = await self._executors.run_io(graph.garbage)
         removed = [(node.namespace, node.kind, node.key) for node in doomed]
         errors: list[str] = []

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from supervisord_ctr.aio import Executors, TaskOwner
 from supervisord_ctr.content import LocalContent
 from supervisord_ctr.errors import Error, InvalidArgument
-from supervisord_ctr.metadata.collector import Collector
+from supervisord_ctr.metadata.collector import Collector, GcOptions
 from supervisord_ctr.metadata.containers import Containers
 from supervisord_ctr.metadata.content import Content
 from supervisord_ctr.metadata.engine import Engine, PendingEvent
@@ -56,6 +56,7 @@ class Database:
         executors: Executors,
         *,
         collect: bool = True,
+        gc: GcOptions | None = None,
     ) -> None:
         self.engine = engine
         self._publish = publish
@@ -70,7 +71,7 @@ class Database:
         self.containers = Containers(engine)
         self.sandboxes = Sandboxes(engine)
         self.content = Content(engine, content, executors, self._owner)
-        self.gc = Collector(engine, self.content, self._snapshotters, executors)
+        self.gc = Collector(engine, self.content, self._snapshotters, executors, gc)
         self.images = Images(engine, self.gc.collect)
         self.leases = Leases(engine, self.gc.collect)
         self.cri = CriRecords(engine)
