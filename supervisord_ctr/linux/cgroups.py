@@ -215,7 +215,13 @@ class Cgroup:
     def _hit_limit(self, folder: str) -> bool:
         if self.is_v2:
             return _keyed(read(f"{folder}/memory.events.local")).get("oom", 0) > 0
-        return any(read(f"{folder}/{name}") not in ("", "0") for name in ("memory.failcnt", "memory.memsw.failcnt"))
+        return any(
+            cgroup_metrics.number(read(f"{folder}/memory.{part}failcnt"))
+            # kernels of late leave failcnt at 0; the high-water mark at the limit says the same
+            or 0 < cgroup_metrics.number(read(f"{folder}/memory.{part}limit_in_bytes"))
+            <= cgroup_metrics.number(read(f"{folder}/memory.{part}max_usage_in_bytes"))
+            for part in ("", "memsw.")
+        )
 
     def watch_oom(self) -> int:
         """A descriptor that becomes readable when the group may have run out of memory, or is removed.
