@@ -47,6 +47,7 @@ class _Source:
         self._head = head
         self._raw = raw
         self.taken = 0
+        self.frames: _ZstdFrames | None = None
 
     def read(self, size: int = -1, /) -> bytes:
         if size < 0:
@@ -56,6 +57,8 @@ class _Source:
         else:
             part = self._raw.read(size)
         self.taken += len(part)
+        if self.frames is not None:
+            self.frames.feed(part)
         return part
 
     def readinto(self, target: Any, /) -> int:
@@ -72,6 +75,70 @@ class _Source:
     @property
     def closed(self) -> bool:
         return False
+
+
+class _ZstdFrames:
+    """Follows the frames of a zstd stream by their headers: the library does not tell that a stream was cut.
+
+    Source: RFC 8878, sections 3.1.1 and 3.1.2.
+    """
+
+    def __init__(self) -> None:
+        self._state: Callable[[bytes], None] = self._magic
+        self._need = 4
+        self._held = b""
+        self._skip = 0
+        self._checksum = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream stands between frames."""
+        return self._state == self._magic and not self._held and not self._skip
+
+    def feed(self, data: bytes) -> None:
+        """Take in the next bytes."""
+        position = 0
+        while position < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - position)
+                self._skip -= step
+                position += step
+                continue
+            step = min(self._need - len(self._held), len(data) - position)
+            self._held += data[position:position + step]
+            position += step
+            if len(self._held) == self._need:
+                held, self._held = self._held, b""
+                self._state(held)
+
+    def _next(self, state: Callable[[bytes], None], need: int) -> None:
+        self._state, self._need = state, need
+
+    def _magic(self, head: bytes) -> None:
+        if head == b"\x28\xb5\x2f\xfd":
+            self._next(self._descriptor, 1)
+        else:
+            self._next(self._skippable, 4)
+
+    def _skippable(self, head: bytes) -> None:
+        self._skip = int.from_bytes(head, "little")
+        self._next(self._magic, 4)
+
+    def _descriptor(self, head: bytes) -> None:
+        flags = head[0]
+        self._checksum = bool(flags & 4)
+        single = bool(flags & 0x20)
+        size = (1 if single else 0, 2, 4, 8)[flags >> 6]
+        self._skip = (0 if single else 1) + (0, 1, 2, 4)[flags & 3] + size
+        self._next(self._block, 3)
+
+    def _block(self, head: bytes) -> None:
+        value = int.from_bytes(head, "little")
+        self._skip = 1 if (value >> 1) & 3 == 1 else value >> 3
+        if value & 1:
+            if self._checksum:
+                self._skip += 4
+            self._next(self._magic, 4)
 
 
 class Inflater:
@@ -92,6 +159,7 @@ class Inflater:
         elif self.compression == ZSTD:
             import zstandard
 
+            self._source.frames = _ZstdFrames()
             self._read = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(
                 cast(BinaryIO, self._source), read_size=_READ, read_across_frames=True
             ).read
@@ -104,7 +172,10 @@ class Inflater:
     def read(self, size: int) -> bytes:
         """At most `size` unpacked bytes; b"" at the end. InvalidArgument for a damaged or cut stream."""
         try:
-            return self._read(size)
+            data = self._read(size)
+            if not data and self._source.frames is not None and not self._source.frames.complete:
+                raise EOFError
+            return data
         except EOFError:
             raise InvalidArgument("layer ends in the middle of its compressed stream", kind="layer") from None
         except MemoryError:
