@@ -278,7 +278,7 @@ async def test_the_shim_outlives_its_zygote_and_signals() -> None:
     async with laboratory("zygote", zygote) as lab:
         shim = await lab.run("c", ["sleep", "1000"])
         zygote.process.kill()
-        zygote.process.wait(PATIENCE)
+        zygote.close()
         os.kill(shim.pid, signal.SIGTERM)
         assert (await shim.state("c")).status == types.Status.RUNNING
         await lab.finish(shim, "c")
