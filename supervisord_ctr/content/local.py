@@ -66,6 +66,22 @@ class BlobFile:
         """At most `count` bytes from `offset`; empty at the end."""
         return os.pread(self._fd, count, offset)
 
+    def read_cached(self, count: int, offset: int) -> bytes | None:
+        """As `read_at`, but only if the kernel has all of it in memory; None otherwise. Never waits for the disk."""
+        wanted = min(count, self.size - offset)
+        if wanted <= 0:
+            return b""
+        buffer = bytearray(wanted)
+        try:
+            found = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError:
+            return None  # EAGAIN, or a file system without the flag
+        return bytes(buffer) if found == wanted else None
+
+    def deleted(self) -> bool:
+        """Whether the file has no name any more."""
+        return self._fd >= 0 and os.fstat(self._fd).st_nlink == 0
+
     def close(self) -> None:
         """Give the descriptor back; twice is fine."""
         fd, self._fd = self._fd, -1

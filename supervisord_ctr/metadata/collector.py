@@ -346,6 +346,7 @@ class Collector:
                     errors.append(error.message)
         faults.point(BLOBS)
         await run_io(local.empty_trash)
+        self._content.drop_files()
         for ref in await run_io(local.sweep_ingests, self._ingest_refs):
             removed.append(("", "ingest-data", ref))
         return removed

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,17 +52,49 @@ def _load(row: Row) -> ContentInfo:
     return ContentInfo(row[0], row[1], row[2], row[3], load_map(row[4]))
 
 
+class _Idle:
+    """Files of blobs that were read a moment ago: clients read one blob in thousands of small calls."""
+
+    def __init__(self, limit: int = 32) -> None:
+        self._limit = limit
+        self._files: dict[str, BlobFile] = {}
+
+    def take(self, digest: str) -> BlobFile | None:
+        """The file, which is the caller's then."""
+        return self._files.pop(digest, None)
+
+    def give(self, digest: str, file: BlobFile) -> None:
+        """Keep a file for the next reader, or close it."""
+        if digest in self._files or file.deleted():
+            file.close()
+            return
+        self._files[digest] = file
+        if len(self._files) > self._limit:
+            self._files.pop(next(iter(self._files))).close()
+
+    def drop(self, *, all_files: bool = False) -> None:
+        """Close the files of deleted blobs (or all), so that their space is free."""
+        for digest, file in list(self._files.items()):
+            if all_files or file.deleted():
+                del self._files[digest]
+                file.close()
+
+
 class BlobReader:
     """An open blob; close it. Reads are positional and may overlap."""
 
-    def __init__(self, blob: BlobFile, executors: Executors) -> None:
+    def __init__(self, blob: BlobFile, executors: Executors, give_back: Callable[[BlobFile], None]) -> None:
         self._blob = blob
         self._executors = executors
+        self._give_back: Callable[[BlobFile], None] | None = give_back
         self.size = blob.size
         self.path: Path = blob.path
 
     async def read_at(self, count: int, offset: int) -> bytes:
-        """At most `count` bytes from `offset`; empty at the end."""
+        """At most `count` bytes from `offset`; empty at the end. What the kernel has in memory costs no thread."""
+        found = self._blob.read_cached(count, offset)
+        if found is not None:
+            return found
         return await self._executors.run_io(self._blob.read_at, count, offset)
 
     def fileno(self) -> int:
@@ -70,8 +102,10 @@ class BlobReader:
         return self._blob.fileno()
 
     def close(self) -> None:
-        """Give the descriptor back; twice is fine."""
-        self._blob.close()
+        """Give the file back; twice is fine."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back(self._blob)
 
 
 class ContentWriter:
@@ -237,6 +271,7 @@ class Content:
         self.local = local
         self.executors = executors
         self.owner = owner
+        self._idle = _Idle()
         #: Held by digest while a blob is found and recorded, or discarded.
         self.digests = KeyedLock()
 
@@ -300,7 +335,14 @@ class Content:
     async def reader(self, namespace: str, digest: str) -> BlobReader:
         """Open a blob of the namespace; NotFound."""
         self._info(namespace, check_digest(digest))
-        return BlobReader(await self.executors.run_io(self.local.open, digest), self.executors)
+        blob = self._idle.take(digest)
+        if blob is None:
+            blob = await self.executors.run_io(self.local.open, digest)
+        return BlobReader(blob, self.executors, lambda file: self._idle.give(digest, file))
+
+    def drop_files(self, *, all_files: bool = False) -> None:
+        """Close files that are kept for the next reader: those of deleted blobs, or all."""
+        self._idle.drop(all_files=all_files)
 
     async def read(self, namespace: str, digest: str, limit: int = 4 << 20) -> bytes:
         """A whole small blob; ResourceExhausted when it is larger than `limit` (S8)."""

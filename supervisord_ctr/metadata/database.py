@@ -106,6 +106,7 @@ class Database:
         self._open = False
         await self.gc.close()
         await self._owner.close()
+        self.content.drop_files(all_files=True)
         for snapshotter in self._snapshotters.values():
             await snapshotter.backend.close()
         try:

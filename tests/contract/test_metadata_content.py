@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,20 @@ async def test_large_blobs_come_in_pieces(subject: Subject) -> None:
     data = bytes(range(256)) * 20_000
     digest = await write(subject.content, "ns", data)
     assert await read(subject.content, "ns", digest) == data
+
+
+async def test_many_small_reads_keep_no_deleted_file_open(subject: Subject) -> None:
+    digest = await write(subject.content, "ns", bytes(range(256)) * 16)
+    for offset in range(0, 4096, 64):
+        assert await read(subject.content, "ns", digest, 64, offset) == bytes(range(offset % 256, offset % 256 + 64))
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(
+        f"/proc/self/fd/{fd}")]
+    assert sum(digest.removeprefix("sha256:") in name for name in opened) <= 1
+    await subject.content.delete("ns", digest)
+    await subject.stores.database.gc.collect()
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(
+        f"/proc/self/fd/{fd}")]
+    assert not any(digest.removeprefix("sha256:") in name for name in opened)
 
 
 async def test_p2_an_ingest_resumes(subject: Subject) -> None:
