@@ -25,7 +25,7 @@ from pctr_shim.private import SERVICE as PRIVATE
 from pctr_shim.private import PrivateService
 from pctr_shim.reaper import Reaper
 from pctr_shim.service import SERVICES, TaskService
-from supervisord_ctr import errors
+from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cgroups.v1 import metrics_pb2 as metrics_v1
 from supervisord_ctr.api.cgroups.v2 import metrics_pb2 as metrics_v2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
@@ -48,12 +48,14 @@ def warm_up() -> None:
     before = signal.getsignal(signal.SIGCHLD)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     loop = asyncio.new_event_loop()
+    faults.arm("")  # what tests arm is meant for shims
     try:
         with contextlib.suppress(OSError, errors.Error, TimeoutError, AssertionError):
             loop.run_until_complete(asyncio.wait_for(_run(folder), 10))
     finally:
         loop.close()
         signal.signal(signal.SIGCHLD, before)
+        faults.arm(os.environ.get("PCTR_FAULTS", ""))
         shutil.rmtree(folder, ignore_errors=True)
 
 
