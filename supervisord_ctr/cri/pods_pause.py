@@ -1,4 +1,4 @@
-"""The pause process of a pod: made when the first container needs a PID namespace shared by the pod."""
+"""The pause process of a pod: made with a pod whose containers share a PID namespace, or when one asks for it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ async def ensure_pause(core: Core, pod: Pod) -> int:
             hostname=pod.config.hostname,
         )
         pod.pause_pid, pod.pause_start = pid, started
-        # Written before the container that needs it is: records are written in the order they are given.
-        core.owner.start(core.state.save_pod(pod), f"record {pod.id}")
+        if pod.stage != "creating":
+            # Written before the container that needs it is: records are written in the order they are given.
+            core.owner.start(core.state.save_pod(pod), f"record {pod.id}")
         return pid

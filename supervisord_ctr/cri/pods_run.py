@@ -20,10 +20,11 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import bandwidth, ids, userns
 from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.core import Core, Stage, all_of
+from supervisord_ctr.cri.pods_pause import ensure_pause
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.model import Sandbox, TypedValue
 from supervisord_ctr.names import CRI_NAMESPACE, check_line
-from supervisord_ctr.sandbox import cni
+from supervisord_ctr.sandbox import cni, pause
 from supervisord_ctr.sandbox.environment import Wanted
 from supervisord_ctr.sandbox.files import Dns
 
@@ -159,6 +160,8 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
         faults.point(ENVIRONMENT)
         stage.enter("network" if net else "files")
         await core.executors.run_io(core.environments.make_rest, wanted)
+        if pod.namespaces.pid == pb.POD:
+            await ensure_pause(core, pod)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -205,6 +208,7 @@ def _short_labels(labels: dict[str, str]) -> dict[str, str]:
 async def _undo(core: Core, pod: Pod) -> None:
     """Take down what was made; what cannot be is left to `recover` and told in the log."""
     core.state.drop_pod(pod)
+    pause.end(pod.pause_pid, pod.pause_start)
     steps = (
         core.networks.detach(pod.id) if core.networks.get(pod.id) is not None else None,
         core.executors.run_io(core.environments.remove, pod.id),
