@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pctr import light
@@ -25,6 +26,7 @@ from pctr.command import (
 from pctr.image_config import ImageConfig, get_image, load_config, read_json, unpacked_chain_id
 from pctr.rpc import CONTAINERS, SNAPSHOTS, Client
 from supervisord_ctr import errors
+from supervisord_ctr.names import check_line
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder, parse_mount
 
 if TYPE_CHECKING:
@@ -179,7 +181,7 @@ def build_spec(
     _process(builder, args, image, command)
     builder.with_root(rootfs or "rootfs", readonly=args.read_only)
     _isolation(builder, args)
-    _resources(builder, args)
+    set_resources(builder, args)
     builder.with_mounts([parse_mount(entry) for entry in args.mount] + [_volume(entry) for entry in args.volume])
     if args.shm_size:
         builder.with_shm_size(parse_size(args.shm_size))
@@ -258,7 +260,8 @@ def _isolation(builder: SpecBuilder, args: Any) -> None:
         builder.with_cgroup(args.cgroup)
 
 
-def _resources(builder: SpecBuilder, args: Any) -> None:
+def set_resources(builder: SpecBuilder, args: Any) -> None:
+    """The limits of `--memory`, `--cpus` and their like."""
     sizes = {name: parse_size(value) for name in ("memory", "memory_swap", "memory_reservation")
              if (value := getattr(args, name))}
     if sizes:
@@ -275,6 +278,15 @@ def _resources(builder: SpecBuilder, args: Any) -> None:
                          mems=args.cpuset_mems or "")
     if args.pids_limit is not None:
         builder.with_pids_limit(args.pids_limit)
+
+
+def anonymous_mounts(volumes: Iterable[str]) -> list[dict[str, Any]]:
+    """A tmpfs for each VOLUME, filled with what the image has there; it goes with the container."""
+    options = ["tmpcopyup", "nosuid", "nodev", "mode=755"]
+    return [
+        {"destination": check_line(path, "volume"), "type": "tmpfs", "source": "volume", "options": list(options)}
+        for path in sorted(volumes) if path.startswith("/")
+    ]
 
 
 # -- users ---------------------------------------------------------------------------------------------
@@ -405,9 +417,7 @@ def create_container(context: Context, reference: str, container: str, command: 
         name, snapshotter = found.name, context.snapshotter
     builder = build_spec(args, context.namespace, container, image, command, rootfs)
     if args.volumes and image is not None:
-        from pctr.volumes import anonymous_mounts
-
-        builder.with_mounts(anonymous_mounts(context.namespace, container, image.runtime.get("Volumes") or {}))
+        builder.with_mounts(anonymous_mounts(image.runtime.get("Volumes") or {}))
     user = args.user if args.user is not None else (image.runtime.get("User") or "" if image is not None else "")
     record = light.Container(
         id=container, labels=container_labels(args, image), image=name,

@@ -23,6 +23,8 @@ from supervisord_ctr import errors
 QUIET = 1.0
 #: How long a lost daemon is waited for: a restart must not end what runs (P4).
 DAEMON_ABSENCE = 120.0
+#: So many SIGINT or SIGTERM mean that whoever sends them will not wait: the process is killed, or left.
+_PATIENCE = 3
 _FORWARDED = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
 )
@@ -48,7 +50,8 @@ class Foreground:
     """Joins one process to our own streams until it exits.
 
     Open the streams before the process is created, call `start` when it may be started, then
-    `relay`. `exit_status` passes through, 128 + signal after a signal.
+    `relay`. Clear `proxy_signals` to leave signals alone, and `owns_process` when somebody else's
+    process is only joined: it is then never killed, whatever happens to us.
     """
 
     def __init__(self, client: Client, container: str, exec_id: str = "", *, has_terminal: bool) -> None:
@@ -65,8 +68,9 @@ class Foreground:
         self._lost_at = 0.0
         self._retry_at = 0.0
         self._broken_pipe = False
+        self._impatience = 0
         self.proxy_signals = True
-        self.kill_on_broken_pipe = True
+        self.owns_process = True
 
     def open(self, stdin: str, stdout: str, stderr: str) -> None:
         """Open our ends of the fifos; "" leaves a stream out."""
@@ -185,14 +189,19 @@ class Foreground:
         for number in numbers:
             if number == signal.SIGWINCH:
                 self.resize()
-            else:
-                self._kill(number)
+                continue
+            self._kill(number)
+            self._impatience += number in (signal.SIGINT, signal.SIGTERM)
+            if self._impatience == _PATIENCE:
+                if not self.owns_process:
+                    raise Failed(f"left {self._container} running", 128 + number)
+                self._kill(signal.SIGKILL)
 
     def _reader_gone(self) -> None:
         """Nobody reads our output any more: what writes into a closed pipe ends, so the process does."""
         if not self._broken_pipe:
             self._broken_pipe = True
-            if not self.kill_on_broken_pipe:
+            if not self.owns_process:
                 raise BrokenPipeError
             self._kill(signal.SIGKILL)
 

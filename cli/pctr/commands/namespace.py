@@ -58,7 +58,12 @@ def _label(context: Context) -> None:
         namespace=namespaces_pb2.Namespace(name=context.args.name, labels=labels),
         update_mask=FieldMask(paths=[f"labels.{key}" for key in labels]),
     )
-    changed = context.client.unary(NAMESPACES + "Update", request, namespaces_pb2.UpdateNamespaceResponse)
+    context.client.unary(NAMESPACES + "Update", request, namespaces_pb2.UpdateNamespaceResponse)
+    # The answer of some daemons is empty, so it is read again.
+    changed = context.client.unary(
+        NAMESPACES + "Get", namespaces_pb2.GetNamespaceRequest(name=context.args.name),
+        namespaces_pb2.GetNamespaceResponse,
+    )
     print(output.labels(changed.namespace.labels.items()).text)
 
 

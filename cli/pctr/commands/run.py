@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from typing import TYPE_CHECKING
 
-from pctr import light
 from pctr.command import Command, Context, Failed, UsageError
-from pctr.create import Created, create_container, create_options, remove_container
+from pctr.create import create_container, create_options
 from pctr.options import REMAINDER
-from pctr.process import Foreground
-from pctr.rpc import TASKS, Client
-from pctr.stdio import Fifos
-from supervisord_ctr import errors
+from pctr.running import note, run_task
 
 if TYPE_CHECKING:
     from pctr.command import Arguments
@@ -45,19 +40,8 @@ def split_words(words: list[str]) -> tuple[str, str, list[str]]:
     return words[0], words[1] if len(words) > 1 else "", words[2:]
 
 
-def _delete_task(client: Client, container: str) -> None:
-    with contextlib.suppress(errors.NotFound):
-        client.unary(TASKS + "Delete", light.ProcessId(container_id=container), light.DeleteResponse)
-
-
 def _terminated(*_: object) -> None:
     raise Failed("terminated before the container ran", 143)
-
-
-def _note(path: str | None, text: str) -> None:
-    if path:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(text)
 
 
 def run(context: Context) -> int:
@@ -76,63 +60,15 @@ def run(context: Context) -> int:
 
             network = bridge.prepare(context)
         created = create_container(context, reference, name, command)
-        _note(args.cidfile, created.id)
         if network is not None:
             network.watch(created.id)
-        return _run(context, created)
+        note(args.cidfile, created.id)
+        status = run_task(context, created, created.mounts, remove=args.rm, remove_unstarted=True)
+        if args.detach:
+            print(created.id)
+        return status
     finally:
         signal.signal(signal.SIGTERM, former)
-
-
-def _run(context: Context, created: Created) -> int:
-    args, client = context.args, context.client
-    with contextlib.ExitStack() as undo:
-        if args.rm:
-            undo.callback(remove_container, client, created)
-        quiet = bool(args.log_uri or args.null_io)
-        with_input = bool(args.interactive or args.tty) and not quiet
-        fifos = None if quiet else Fifos(stdin=with_input, stderr=not args.tty)
-        if fifos is not None and not args.detach:
-            undo.callback(fifos.remove)
-        front = Foreground(client, created.id, has_terminal=args.tty)
-        undo.callback(front.close)
-        front.proxy_signals = not args.no_sig_proxy
-        if fifos is not None and not args.detach:
-            front.open_fifos(fifos)
-        request = light.CreateTaskRequest(
-            container_id=created.id, rootfs=created.mounts, terminal=args.tty,
-            stdin=fifos.stdin if fifos else "", stdout=fifos.stdout if fifos else args.log_uri or "",
-            stderr=(fifos.stderr if fifos else args.log_uri or "") if not args.tty else "",
-        )
-        try:
-            task = client.unary(TASKS + "Create", request, light.CreateTaskResponse)
-        except BaseException:
-            if fifos is not None:
-                fifos.remove()
-            raise
-        _note(args.pid_file, str(task.pid))
-        if args.detach:
-            _start_detached(client, created, fifos)
-            print(created.id)
-            return 0
-        undo.callback(_delete_task, client, created.id)
-
-        def start() -> None:
-            front.wait_for_exit()
-            client.unary(TASKS + "Start", light.ProcessId(container_id=created.id), light.StartResponse)
-
-        return front.relay(start)
-
-
-def _start_detached(client: Client, created: Created, fifos: Fifos | None) -> None:
-    try:
-        client.unary(TASKS + "Start", light.ProcessId(container_id=created.id), light.StartResponse)
-    except BaseException:
-        with contextlib.suppress(errors.Error):
-            _delete_task(client, created.id)
-        if fifos is not None:
-            fifos.remove()
-        raise
 
 
 COMMAND = Command(
