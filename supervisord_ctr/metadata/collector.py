@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Protocol
 
 from supervisord_ctr import faults
@@ -249,11 +250,40 @@ class Collector:
                 log.warning("gc: the pass failed: %s", error)
                 self._due_in(60.0)
 
+    async def hold(self, seconds: float) -> None:
+        """Collect nothing for so long, also after a restart: what lost its row in a damaged database stays."""
+        until = self._clock() + seconds
+
+        def work(tx: Transaction) -> None:
+            tx.execute("INSERT OR REPLACE INTO facts VALUES ('gc-held-until', ?)", (str(until),))
+
+        await self._engine.write(work)
+
+    async def release(self) -> None:
+        """End a `hold`."""
+
+        def work(tx: Transaction) -> None:
+            tx.execute("DELETE FROM facts WHERE key = 'gc-held-until'")
+
+        await self._engine.write(work)
+
+    def held_until(self) -> float:
+        """When a `hold` ends; 0 when there is none."""
+        row = self._engine.row("SELECT value FROM facts WHERE key = 'gc-held-until'")
+        until = float(row[0]) if row else 0.0
+        return until if until > self._clock() else 0.0
+
     async def collect(self, *, dry_run: bool = False) -> GcReport:
-        """Run a pass that begins after this call; callers that wait at the same time share it."""
+        """Run a pass that begins after this call; callers that wait at the same time share it.
+
+        While the collector is held, nothing is removed and the report says so among its errors.
+        """
         if dry_run:
             async with self._lock:
                 return await self._pass(dry_run=True)
+        if (until := self.held_until()) > 0:
+            when = f"{datetime.fromtimestamp(until, UTC):%FT%TZ}"
+            return GcReport(errors=(f"held until {when}: the database was repaired and rows were lost",))
         if self._waiting is None:
             self._waiting = self._owner.start(self._next_pass(), "pass")
         return await asyncio.shield(self._waiting)
@@ -281,7 +311,9 @@ class Collector:
         doomed = await self._executors.run_io(graph.garbage)
         removed = [(node.namespace, node.kind, node.key) for node in doomed]
         errors: list[str] = []
-        if not dry_run:
+        if dry_run:
+            removed.extend(await self._unexplained(doomed))
+        else:
             if doomed:
                 gone = await self._engine.write(lambda tx: self._remove_rows(tx, doomed, changes))
                 removed = [(node.namespace, node.kind, node.key) for node in gone]
@@ -293,6 +325,41 @@ class Collector:
                     errors.append(str(error))
                     log.warning("gc: %s", error)
         return GcReport(tuple(removed), tuple(errors), time.monotonic() - begin, dry_run)
+
+    async def _unexplained(self, doomed: list[Node]) -> list[tuple[str, str, str]]:
+        """What is on disk and would have no row after `doomed` are gone."""
+        run_io = self._executors.run_io
+        going = set(doomed)
+
+        def stay(kind: str, namespace: str, key: str) -> bool:
+            return Node(kind, namespace, key) not in going
+
+        digests = {
+            digest for namespace, digest in self._engine.rows("SELECT namespace, digest FROM blobs")
+            if stay(CONTENT, namespace, digest)
+        }
+        refs = set()
+        for namespace, ref, backend, expected in self._engine.rows(
+            "SELECT namespace, ref, backend, expected FROM ingests"
+        ):
+            if stay(INGEST, namespace, ref):
+                refs.add(backend)
+                digests.add(expected)
+        local = self._content.local
+        blobs = [info.digest for info in await run_io(lambda: list(local.walk())) if info.digest not in digests]
+        found = [("", "blob", digest) for digest in blobs]
+        for status in await run_io(local.statuses):
+            if status.ref not in refs and not local.held(status.ref):
+                found.append(("", "ingest-data", status.ref))
+        for name, snapshotter in self._snapshotters.items():
+            keep = {
+                backend for namespace, key, backend in self._engine.rows(
+                    "SELECT namespace, key, backend FROM snapshots WHERE snapshotter = ?", (name,)
+                ) if stay(SNAPSHOT, namespace, f"{name}/{key}")
+            } | snapshotter.pending
+            infos = await snapshotter.backend.walk()
+            found.extend(("", "snapshot-data", f"{name}/{info.name}") for info in infos if info.name not in keep)
+        return found
 
     def _read(self) -> Graph:
         with self._engine.snapshot() as source:

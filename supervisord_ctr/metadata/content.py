@@ -361,19 +361,21 @@ class Content:
     # Ingests.
 
     async def writer(
-        self, namespace: str, ref: str, *, size: int = 0, expected: str = "", lease: str | None = None
+        self, namespace: str, ref: str, *, size: int = 0, expected: str = "", lease: str | None = None,
+        keep: bool = False,
     ) -> ContentWriter:
         """Start or resume the ingest `ref` of the namespace.
 
         AlreadyExists when the namespace has `expected` (it joins the lease then); Unavailable while
         another writer holds the ref; NotFound for a lease that does not exist. Without a lease the
-        ingest is given up after a day. See `ContentWriter.shared` for a blob that is on disk already.
+        ingest is given up after a day; with `keep` it also lives a day beyond its lease, so that a later
+        pull resumes it (P2). See `ContentWriter.shared` for a blob that is on disk already.
         """
         if not ref:
             raise InvalidArgument("ref must not be empty", kind="ingest")
         if expected:
             check_digest(expected)
-        opening = self.owner.start(self._writer(namespace, ref, size, expected, lease), f"writer {ref}")
+        opening = self.owner.start(self._writer(namespace, ref, size, expected, lease, keep), f"writer {ref}")
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -387,15 +389,15 @@ class Content:
                 self.owner.start(opening.result().close(), "close an unwanted writer")
 
     async def _writer(
-        self, namespace: str, ref: str, size: int, expected: str, lease: str | None
+        self, namespace: str, ref: str, size: int, expected: str, lease: str | None, keep: bool
     ) -> ContentWriter:
         if not expected:
-            backend = await self._record_ingest(namespace, ref, lease, None)
+            backend = await self._record_ingest(namespace, ref, lease, None, keep)
             return await self._open_writer(namespace, ref, backend, size, "", lease)
         async with self.digests.hold(expected):
             await self._refuse_existing(namespace, expected, lease)
             blob = await self._find_shared(expected, size)
-            backend = await self._record_ingest(namespace, ref, lease, blob)
+            backend = await self._record_ingest(namespace, ref, lease, blob, keep)
             if blob is not None:
                 writer = ContentWriter(self, namespace, ref, backend, lease)
                 writer.begin(None, blob)
@@ -432,7 +434,7 @@ class Content:
         return found if size in (0, found.size) else None
 
     async def _record_ingest(
-        self, namespace: str, ref: str, lease: str | None, blob: ContentInfo | None
+        self, namespace: str, ref: str, lease: str | None, blob: ContentInfo | None, keep: bool
     ) -> str:
         """The ref in the content store. Not synced: an ingest whose row is lost in a power cut is swept."""
 
@@ -443,7 +445,10 @@ class Content:
             backend = row[0] if row else f"{namespace}/{tx.sequence()}/{ref}"
             tx.execute(
                 "INSERT OR REPLACE INTO ingests VALUES (?, ?, ?, ?, ?)",
-                (namespace, ref, backend, None if leased else time.time() + INGEST_LIFE, blob.digest if blob else None),
+                (
+                    namespace, ref, backend, None if leased and not keep else time.time() + INGEST_LIFE,
+                    blob.digest if blob else None,
+                ),
             )
             return str(backend)
 

@@ -35,6 +35,9 @@ Publish: TypeAlias = Callable[[str, str, Message], None]
 
 log = logging.getLogger(__name__)
 
+#: Seconds without collection after rows were lost: time for clients to name again what they still need.
+REPAIR_HOLD = 24 * 3600.0
+
 
 class Database:
     """All stores over one engine, one content store and the snapshotters.
@@ -87,10 +90,13 @@ class Database:
         """
         self.engine.on_commit = self._committed
         await self._executors.run_io(self.engine.open)
+        lost = self.engine.repair is not None and self.engine.repair.lossy
+        if lost:
+            await self.gc.hold(REPAIR_HOLD)
         for name, snapshotter in list(self._snapshotters.items()):
             try:
-                await snapshotter.backend.open()
-                await snapshotter.recover()
+                await snapshotter.backend.open(adopt=lost)
+                await snapshotter.recover(adopt=lost)
             except (Error, OSError) as error:
                 log.error("snapshotter %s is left out: %s", name, error)
                 self.unavailable[name] = str(error)

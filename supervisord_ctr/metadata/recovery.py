@@ -35,6 +35,11 @@ class Repair:
     damaged_tables: tuple[str, ...] = ()
     from_copy: tuple[str, ...] = ()
 
+    @property
+    def lossy(self) -> bool:
+        """Whether rows are missing that no copy gave back in full."""
+        return bool(self.damaged_tables)
+
     def __str__(self) -> str:
         lost = f"; tables with lost rows: {', '.join(self.damaged_tables)}" if self.damaged_tables else ""
         copied = f"; completed from the last copy: {', '.join(self.from_copy)}" if self.from_copy else ""

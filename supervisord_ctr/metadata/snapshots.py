@@ -353,8 +353,14 @@ class NamespacedSnapshotter:
 
         await self._engine.write(work)
 
-    async def recover(self) -> None:
-        """Finish or forget the commits that a crash interrupted. Called once, before anything else."""
+    async def recover(self, *, adopt: bool = False) -> None:
+        """Finish or forget the commits that a crash interrupted. Called once, before anything else.
+
+        With `adopt`, rows may have been lost: they are made again from the snapshotter's keys, which
+        say namespace and name.
+        """
+        if adopt:
+            await self._adopt_rows()
         rows = self._engine.rows(
             "SELECT namespace, key, intent FROM snapshots WHERE snapshotter = ? AND intent IS NOT NULL", (self.name,)
         )
@@ -372,6 +378,28 @@ class NamespacedSnapshotter:
                 )
                 for (lease,) in leases or [(None,)]:
                     await self._finish_commit(namespace, key, intent, lease)
+
+    async def _adopt_rows(self) -> None:
+        infos = await self.backend.walk()
+
+        def work(tx: Transaction) -> int:
+            known = {row[0] for row in tx.rows("SELECT backend FROM snapshots WHERE snapshotter = ?", (self.name,))}
+            count = 0
+            for info in infos:
+                namespace, key = _split(info.name)
+                if info.name in known or not namespace:
+                    continue
+                ensure_namespace(tx, namespace)
+                parent = _split(info.parent)[1] or None
+                row = (key, info.name, parent, info.created_at, info.updated_at, dump_map(info.labels))
+                if _select(tx, namespace, self.name, key) is None:
+                    _insert(tx, namespace, self.name, row)
+                    count += 1
+            return count
+
+        count = await self._engine.write(work)
+        if count:
+            log.warning("snapshotter %s: %d rows were made again from its keys", self.name, count)
 
     async def _forget_intent(self, namespace: str, key: str) -> None:
         def work(tx: Transaction) -> None:
@@ -434,6 +462,13 @@ class NamespacedSnapshotter:
 
         committed = {info.name for info in await self.backend.walk(["kind==committed"])}
         return await self._engine.write(work)
+
+
+def _split(backend: str) -> tuple[str, str]:
+    """Namespace and key of a key in the snapshotter; empty when it is not one of ours."""
+    namespace, _, rest = backend.partition("/")
+    number, slash, key = rest.partition("/")
+    return (namespace, key) if slash and number.isdigit() else ("", "")
 
 
 def _select(tx: Transaction, namespace: str, snapshotter: str, key: str) -> Row | None:

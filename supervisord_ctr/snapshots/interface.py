@@ -50,8 +50,12 @@ class Snapshotter(Protocol):
         """What it offers beyond this interface: `CAPABILITY_*`."""
         ...
 
-    async def open(self) -> None:
-        """Make ready: called once, before anything else, after the record store is open."""
+    async def open(self, *, adopt: bool = False) -> None:
+        """Make ready: called once, before anything else, after the record store is open.
+
+        `adopt` says that records may have been lost: what is on disk is then taken up again where it
+        can be, instead of being removed.
+        """
         ...
 
     async def stat(self, key: str) -> SnapshotInfo:

@@ -66,7 +66,7 @@ class ProxySnapshotter:
         namespace = key.partition("/")[0] if key.count("/") >= 2 else self._namespace
         return await self._remote.call(f"{_SERVICE}/{method}", request, response, namespace=namespace)
 
-    async def open(self) -> None:
+    async def open(self, *, adopt: bool = False) -> None:
         """Nothing to do: the connection is made by the first call, and made again when it breaks."""
 
     async def close(self) -> None:

@@ -1,17 +1,20 @@
 """What all local snapshotters share: records in memory, directories by number, crash-safe order.
 
     ROOT/snapshots/NUMBER/    one snapshot; the number is its record's id and never used twice
+    ROOT/notes/NUMBER.json    what its record says, for when the records are lost
     ROOT/trash/NUMBER/        a removed one on its way out
 
 The records are the truth: a directory without a record is the rest of an interrupted call and is
 removed by `cleanup`. So a directory is made before its record, and a record is removed before its
-directory.
+directory. After damage to the records, `adopt` makes them again from the notes, so that no running
+container's files are taken for rubbish (P6).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -22,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from supervisord_ctr import faults, filters
+from supervisord_ctr import durable, faults, filters
 from supervisord_ctr.aio import Executors, KeyedLock
 from supervisord_ctr.errors import (
     AlreadyExists,
@@ -89,9 +92,9 @@ class LocalSnapshotter:
 
     # The interface (see `Snapshotter`).
 
-    async def open(self) -> None:
-        """Load the records and remove what interrupted calls left."""
-        for folder in (self.root, self.root / "snapshots", self.root / "trash"):
+    async def open(self, *, adopt: bool = False) -> None:
+        """Load the records and remove what interrupted calls left; with `adopt` make lost records from notes."""
+        for folder in (self.root, *(self.root / name for name in ("snapshots", "notes", "trash"))):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._by_key.clear()
         self._by_id.clear()
@@ -103,7 +106,36 @@ class LocalSnapshotter:
                 self._children[record.parent] += 1
         numbers = [int(name) for name in os.listdir(self.root / "snapshots") if name.isdigit()]
         self._next = max((*self._by_id, *numbers, 0)) + 1
+        if adopt:
+            await self._adopt(numbers)
         await self.cleanup()
+
+    async def _adopt(self, numbers: Sequence[int]) -> None:
+        """Make records for directories that have a note and no record; parents before children."""
+        notes = {}
+        for number in numbers:
+            if number not in self._by_id and (found := _read_note(self._note(number))) is not None:
+                notes[number] = found
+        for number in sorted(notes):
+            record = notes[number]
+            if record.key in self._by_key or (record.parent and record.parent not in {*self._by_id, *notes}):
+                log.warning("snapshotter %s: the note of directory %d does not fit, it is left out", self.name, number)
+                continue
+            await self._records.put(record)
+            self._by_key[record.key] = self._by_id[number] = record
+            if record.parent:
+                self._children[record.parent] += 1
+        log.warning("snapshotter %s: %d records were made again from notes", self.name, len(notes))
+
+    def _note(self, number: int) -> Path:
+        return self.root / "notes" / f"{number}.json"
+
+    def _write_note(self, record: SnapshotRecord) -> None:
+        durable.write_atomic(self._note(record.id), json.dumps({
+            "id": record.id, "key": record.key, "parent": record.parent, "kind": int(record.kind),
+            "created_at": record.created_at, "updated_at": record.updated_at, "labels": dict(record.labels),
+            "size": record.size, "inodes": record.inodes,
+        }).encode(), sync=False)
 
     async def close(self) -> None:
         """Nothing to let go of."""
@@ -202,15 +234,21 @@ class LocalSnapshotter:
 
     async def _make(self, record: SnapshotRecord, parents: Sequence[int], owner: tuple[int, int] | None) -> None:
         try:
-            await self.executors.run_io(self.make, record.id, record.kind, parents, owner)
+            await self.executors.run_io(self._make_noted, record, parents, owner)
             faults.point(MADE)
             await self._records.put(record, durable=False)
             faults.point(RECORDED)
         except BaseException as error:
-            await asyncio.shield(self.executors.run_io(remove_tree, self.directory(record.id)))
+            await asyncio.shield(self.executors.run_io(self._discard, str(record.id)))
             if isinstance(error, OSError):
                 raise from_os_error(error, f"snapshot {record.key}") from error
             raise
+
+    def _make_noted(
+        self, record: SnapshotRecord, parents: Sequence[int], owner: tuple[int, int] | None
+    ) -> None:
+        self.make(record.id, record.kind, parents, owner)
+        self._write_note(record)
 
     def _parent(self, name: str) -> int:
         if not name:
@@ -255,6 +293,7 @@ class LocalSnapshotter:
                 labels={label: value for label, value in labels.items() if value},
                 size=usage.size, inodes=usage.inodes,
             )
+            await self.executors.run_io(self._write_note, committed)
             await self._records.put(committed, durable=False)
         except BaseException:
             if below != record.parent:
@@ -306,6 +345,8 @@ class LocalSnapshotter:
         """Rename a directory away, so that its number is free of it at once, then remove it."""
         trash = self.root / "trash" / name
         with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.root / "notes" / f"{name}.json")
+        with contextlib.suppress(FileNotFoundError):
             os.rename(self.root / "snapshots" / name, trash)
         remove_tree(trash)
 
@@ -332,6 +373,11 @@ class LocalSnapshotter:
         def remove() -> int:
             for name in orphans:
                 self._discard(name)
+            for note in os.listdir(self.root / "notes"):
+                number = note.partition(".")[0]
+                if not (number.isdigit() and (int(number) in self._by_id or int(number) in self._making)):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.root / "notes" / note)
             rest = os.listdir(self.root / "trash")
             for name in rest:
                 remove_tree(self.root / "trash" / name)
@@ -350,6 +396,15 @@ class LocalSnapshotter:
             record.key for record in self._by_id.values()
             if record.kind != SnapshotKind.VIEW and not self.directory(record.id).is_dir()
         ]
+
+
+def _read_note(path: Path) -> SnapshotRecord | None:
+    """The record in a note; None when there is none or it is unreadable."""
+    try:
+        found = json.loads(path.read_bytes())
+        return SnapshotRecord(**{**found, "kind": SnapshotKind(found["kind"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _updated_labels(record: SnapshotRecord, wanted: Mapping[str, str], fieldpaths: Sequence[str]) -> dict[str, str]:

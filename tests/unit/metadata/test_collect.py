@@ -81,9 +81,27 @@ async def test_p16_a_synchronous_delete_gives_the_space_back_before_it_returns(s
 
 async def test_p16_a_dry_run_tells_and_removes_nothing(stores: Stores) -> None:
     stray = await stores.blob("ns", b"stray")
-    report = await stores.database.gc.collect(dry_run=True)
-    assert (report.removed, report.dry_run) == ((("ns", "content", stray),), True)
+    await make_layer(stores, "layer")
+    await stores.overlay.prepare("ns/99/lost")
+    with stores.local.writer("nobody's") as writer:
+        writer.write(b"x")
+    told = await stores.database.gc.collect(dry_run=True)
+    assert told.dry_run
+    assert {("ns", "content", stray), ("", "blob", stray), ("", "ingest-data", "nobody's"),
+            ("", "snapshot-data", "overlayfs/ns/99/lost")} <= set(told.removed)
     assert on_disk(stores) == {stray}
+    done = await stores.database.gc.collect()
+    assert sorted(done.removed) == sorted(told.removed)
+
+
+async def test_p6_a_held_collector_removes_nothing_and_says_so(stores: Stores) -> None:
+    stray = await stores.blob("ns", b"stray")
+    await stores.database.gc.hold(3600.0)
+    report = await stores.database.gc.collect()
+    assert (report.removed, "held until" in report.errors[0], on_disk(stores)) == ((), True, {stray})
+    await stores.database.gc.release()
+    await stores.database.gc.collect()
+    assert on_disk(stores) == set()
 
 
 async def test_content_of_another_namespace_stays_on_disk(stores: Stores) -> None:
