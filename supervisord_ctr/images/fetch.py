@@ -78,7 +78,7 @@ class BlobFetcher:
             try:
                 return await self._database.content.writer(
                     self._namespace, ref_key(descriptor), size=descriptor.size, expected=descriptor.digest,
-                    lease=self._lease,
+                    lease=self._lease, keep=True,
                 )
             except AlreadyExists:
                 return None
@@ -208,6 +208,21 @@ class BlobFetcher:
         since, received = clock(), 0
         write = writer.blocking.write
         run_io: Callable[..., Awaitable[object]] = self._executors.run_io
+
+        async def keep(part: bytes) -> None:
+            nonlocal drop
+            if drop:
+                part, drop = part[drop:], max(0, drop - len(part))
+                if not part:
+                    return
+            if writer.offset + len(part) > descriptor.size:
+                raise HostFailure(f"sends more than the {descriptor.size} bytes of the blob", lasting=True)
+            await run_io(write, part)
+            faults.point(RECEIVED)
+            if follower is not None:
+                follower.grown(writer.offset)
+            self._tracker.update(descriptor, writer.offset)
+
         try:
             async for part in response.content.iter_any():
                 received += len(part)
@@ -216,19 +231,10 @@ class BlobFetcher:
                     if received < timeouts.rate * (now - since):
                         raise HostFailure(f"sends less than {timeouts.rate} bytes a second")
                     since, received = now, 0
-                if drop:
-                    part, drop = part[drop:], max(0, drop - len(part))
-                    if not part:
-                        continue
-                if writer.offset + len(part) > descriptor.size:
-                    raise HostFailure(f"sends more than the {descriptor.size} bytes of the blob", lasting=True)
-                await run_io(write, part)
-                faults.point(RECEIVED)
-                size = writer.offset
-                if follower is not None:
-                    follower.grown(size)
-                self._tracker.update(descriptor, size)
+                await keep(part)
         except TimeoutError as error:
             raise HostFailure(f"sent nothing for {timeouts.stall:g} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
+            # What came before the break is still buffered; it need not be sent again.
+            await keep(response.content._read_nowait(-1))
             raise HostFailure(f"the connection broke after {writer.offset} of {descriptor.size} bytes") from error

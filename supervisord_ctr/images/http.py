@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
@@ -160,6 +161,8 @@ class Http:
             raise HostFailure(f"no answer within {self.timeouts.header:g} s", lasting=True) from error
         except aiohttp.ClientConnectorCertificateError as error:
             raise HostFailure(f"its certificate is not valid: {error.certificate_error}", lasting=True) from error
+        except aiohttp.ClientConnectorSSLError as error:
+            raise HostFailure(_reason(error.os_error)) from error
         except aiohttp.ClientConnectorError as error:
             raise HostFailure(_reason(error.os_error), lasting=True) from error
         except (aiohttp.ClientError, ssl.SSLError, OSError, ValueError) as error:
@@ -233,5 +236,8 @@ def _origin(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, OSError) and (error.errno or 0) > 0 and not isinstance(error, ssl.SSLError):
+        text = os.strerror(error.errno or 0)
+    else:
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text[:1].lower() + text[1:300]

@@ -89,6 +89,11 @@ def _text(data: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
+def _list(data: Mapping[str, Any], key: str) -> Any:
+    value = data.get(key)
+    return [] if value is None else value
+
+
 def _texts(value: object, where: str) -> dict[str, str]:
     if value is None:
         return {}
@@ -144,11 +149,11 @@ def parse(data: bytes, media_type: str, where: str) -> Manifest | Index:
     document = load(data, where)
     check_type(document, media_type, where)
     if media_type in INDEXES:
-        children = document.get("manifests") or []
+        children = _list(document, "manifests")
         if not isinstance(children, list) or len(children) > _MAX_CHILDREN:
             raise InvalidArgument(f"{where}: manifests is not a list of at most {_MAX_CHILDREN}", kind="manifest")
         return Index(tuple(parse_descriptor(child, where) for child in children), media_type)
-    layers = document.get("layers") or []
+    layers = _list(document, "layers")
     if not isinstance(layers, list) or len(layers) > _MAX_CHILDREN:
         raise InvalidArgument(f"{where}: layers is not a list of at most {_MAX_CHILDREN}", kind="manifest")
     return Manifest(

@@ -192,14 +192,17 @@ class Puller:
         name = f"{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)}"
         expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _LEASE_LIFE))
         await self.database.leases.create(namespace, name, {LABEL_GC_EXPIRE: expires})
+        failed = True
         try:
             yield name
+            failed = False
         finally:
-            await asyncio.shield(self._release(namespace, name))
+            await asyncio.shield(self._release(namespace, name, failed))
 
-    async def _release(self, namespace: str, name: str) -> None:
+    async def _release(self, namespace: str, name: str, failed: bool) -> None:
+        """Give the lease up. After a failure what it protected goes at once; unfinished downloads stay (P2)."""
         with contextlib.suppress(NotFound):
-            await self.database.leases.delete(namespace, name)
+            await self.database.leases.delete(namespace, name, sync=failed)
 
     def slots(self) -> asyncio.Semaphore:
         """How many layers of one pull download side by side."""

@@ -128,8 +128,8 @@ class Registry:
                     response = await stack.enter_async_context(self.http.request(
                         method, target, host=host, headers=sent, data=data, params=query or None, redirects=redirects
                     ))
-                except HostFailure:
-                    if self.http.other_scheme(host):
+                except HostFailure as failure:
+                    if not failure.lasting and self.http.other_scheme(host):
                         continue
                     raise
                 if response.status == 400 and await self._wrong_scheme(host, response):
