@@ -10,7 +10,11 @@ container's process itself: shims do.
     connection  the task API (v2 and v3) over one ttrpc connection
     shims       starting, finding and cleaning up after shims
     forward     events from shims into the exchange
+    spec        what the room has to know of a spec
+    task        one task, and what tasks need of other rooms
     tasks       the task operations
+    checkpoint  CRIU images as blobs
+    attach      connections to a process's streams
     recovery    adopting what a former daemon left
     sandboxes   the sandbox API of shims that offer it
 """

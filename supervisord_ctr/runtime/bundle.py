@@ -30,9 +30,6 @@ from supervisord_ctr.names import check_identifier
 _MADE = faults.declare("runtime.bundle.made", "the bundle's folders and config.json exist, no shim was asked for")
 _REMOVING = faults.declare("runtime.bundle.removing", "the task is gone from its shim, its bundle still exists")
 
-#: Fields of a container id that is the sandbox's, in the annotations of a spec.
-SANDBOX_ANNOTATION = "io.kubernetes.cri.sandbox-id"
-
 
 @dataclass(frozen=True, slots=True)
 class Record:

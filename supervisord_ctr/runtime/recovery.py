@@ -21,6 +21,7 @@ from supervisord_ctr import errors
 from supervisord_ctr.model import TaskStatus
 from supervisord_ctr.runtime import bundle as bundles
 from supervisord_ctr.runtime.bundle import Bundle, Record
+from supervisord_ctr.runtime.values import TaskState
 
 if TYPE_CHECKING:
     from supervisord_ctr.runtime.shims import Shim
@@ -124,7 +125,7 @@ async def settle(tasks: Tasks, task: Task) -> None:
     """
     shim = await tasks.shims.connect(task.bundle, task.record, timeout=tasks.config.load_timeout)
     try:
-        state = await shim.service.state(task.id, "", timeout=tasks.config.load_timeout)
+        state = await _state(tasks, task, shim)
     except errors.NotFound:
         if task.record.sandbox:
             raise errors.Unavailable(f"sandbox {task.id} has no task") from None
@@ -143,6 +144,18 @@ async def settle(tasks: Tasks, task: Task) -> None:
     tasks.shims.watch_log(task.bundle, task.record)
     if state.status is TaskStatus.STOPPED:
         log.info("task %s in %s exited with %d meanwhile", task.id, task.namespace, state.exit_status)
+
+
+async def _state(tasks: Tasks, task: Task, shim: Shim) -> TaskState:
+    """The state of a task. A create that was under way when its daemon died may still be going on in the shim."""
+    deadline = asyncio.get_running_loop().time() + tasks.config.create_grace
+    while True:
+        try:
+            return await shim.service.state(task.id, "", timeout=tasks.config.load_timeout)
+        except errors.NotFound:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+        await asyncio.sleep(0.05)
 
 
 async def _keep_trying(tasks: Tasks, task: Task) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import json
 import logging
 import shutil
 import time
@@ -34,10 +33,11 @@ from supervisord_ctr.model import Container, Event, Exit, Mount, TypedValue
 from supervisord_ctr.names import check_identifier
 from supervisord_ctr.runtime import recovery
 from supervisord_ctr.runtime.attach import AttachConnection
-from supervisord_ctr.runtime.bundle import SANDBOX_ANNOTATION, Bundle, Record, make_passable
+from supervisord_ctr.runtime.bundle import Bundle, Record, make_passable
 from supervisord_ctr.runtime.forward import EventServer
 from supervisord_ctr.runtime.sandboxes import Sandboxes
 from supervisord_ctr.runtime.shims import UNKNOWN_EXIT, Launch, Shim, Shims, socket_path
+from supervisord_ctr.runtime.spec import read_spec
 from supervisord_ctr.runtime.task import Events, Store, Streams, Task
 from supervisord_ctr.runtime.values import ProcessInfo, RuntimeConfig, TaskMetric, TaskState
 from supervisord_ctr.runtime.zygote import Zygote
@@ -145,7 +145,8 @@ class Tasks:
         return self._tasks.get((task.namespace, task.id)) is task
 
     async def discard(self, bundle: Bundle, record: Record) -> None:
-        """Remove a task that was never made, whatever its shim got to."""
+        """Remove a task that was never made, whatever its shim got to, and the shim."""
+        await self.shims.dismiss(bundle.namespace, socket_path(record.address))
         with contextlib.suppress(errors.Error, TimeoutError):
             await self.shims.clean_up(bundle, record)
         await self._executors.run_io(bundle.delete)
@@ -157,7 +158,13 @@ class Tasks:
     async def drop(self, task: Task) -> None:
         """Remove a task that its shim does not know."""
         async with self._locks.hold((task.namespace, task.id)):
-            await self._undo(task)
+            shim = task.shim
+            if shim is not None:
+                await self.shims.release(shim, task.id)
+                task.shim = None
+            with contextlib.suppress(errors.Error, TimeoutError):
+                await self.shims.clean_up(task.bundle, task.record)
+            await self._forget(task)
 
     def known_sockets(self) -> set[str]:
         """Socket paths of shims that some task needs."""
@@ -211,7 +218,7 @@ class Tasks:
             if container.snapshot_key:
                 snapshotter = self._database.snapshotter(container.snapshotter)
                 rootfs = await snapshotter.mounts(namespace, container.snapshot_key)
-        spec, gid, group = self._read_spec(container)
+        parts = read_spec(container, self._adjust_spec)
         bundle = Bundle(namespace, container_id, self._state / namespace / container_id)
         if bundle.path.exists():
             # What a failed removal left: no task is known under this name, and we hold its lock.
@@ -222,11 +229,12 @@ class Tasks:
             undo.push_async_callback(self._undo, task)
             # Forking the shim and making the bundle do not wait for each other.
             making = self._owner.start(
-                self._executors.run_io(Bundle.create, self._state, self._root, namespace, container_id, spec, gid=gid),
-                f"bundle {container_id}",
+                self._executors.run_io(
+                    Bundle.create, self._state, self._root, namespace, container_id, parts.data, gid=parts.gid
+                ), f"bundle {container_id}",
             )
             try:
-                task.shim = await self.shims.launch(Launch(bundle, runtime, chosen, group), making)
+                task.shim = await self.shims.launch(Launch(bundle, runtime, chosen, parts.group), making)
             finally:
                 await asyncio.wait((making,))
             await making
@@ -245,26 +253,6 @@ class Tasks:
             task.created = True
             undo.pop_all()
         return task.pid
-
-    def _read_spec(self, container: Container) -> tuple[bytes | None, int, str]:
-        """Spec for the bundle, the host's group of a mapped root group (0: none), and the sandbox's id."""
-        if container.spec is None or not container.spec.value:
-            return None, 0, container.sandbox
-        try:
-            spec: Any = json.loads(container.spec.value)
-        except ValueError as error:
-            raise errors.InvalidArgument(f"spec of container {container.id} is not JSON: {error}") from error
-        if not isinstance(spec, dict):
-            raise errors.InvalidArgument(f"spec of container {container.id} is not an object")
-        data = container.spec.value
-        notes = self._adjust_spec(spec) if self._adjust_spec is not None else ()
-        if notes:
-            log.info("container %s: %s", container.id, "; ".join(notes))
-            data = json.dumps(spec, separators=(",", ":")).encode()
-        mappings = (spec.get("linux") or {}).get("gidMappings") or ()
-        gid = next((entry["hostID"] for entry in mappings if entry.get("containerID") == 0), 0)
-        group = container.sandbox or (spec.get("annotations") or {}).get(SANDBOX_ANNOTATION, "")
-        return data, gid, group
 
     async def _undo(self, task: Task) -> None:
         """Take back a task that could not be made, step by step, each bounded."""

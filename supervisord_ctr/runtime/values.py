@@ -65,6 +65,8 @@ class RuntimeConfig:
     debug: bool = False
     #: How long a shim that exists may take to answer at start-up before its task is listed as unknown.
     load_timeout: float = 5.0
+    #: How long a shim found without its task may still be making it for the daemon before.
+    create_grace: float = 3.0
     #: How long one step of a clean-up may take.
     cleanup_timeout: float = 10.0
     #: How long a program may take to start a foreign shim.

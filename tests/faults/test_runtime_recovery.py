@@ -16,6 +16,7 @@ import pytest
 
 from supervisord_ctr import faults
 from supervisord_ctr.api.events import events_pb2
+from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types.task import task_pb2
 from supervisord_ctr.runtime import bundle, shims, tasks
@@ -183,6 +184,36 @@ def test_a_graceful_restart_leaves_containers_alone(root: Path) -> None:
         client.connect()
         assert (client.status(name), client.process(name).pid) == (task_pb2.RUNNING, pid)
         client.finish(name)
+
+
+@RUNTIMES
+def test_p5_a_daemon_killed_while_the_runtime_makes_the_container(root: Path, runtime: str) -> None:
+    with running_daemon() as daemon, client_of(daemon, root, runtime) as client:
+        begun, go = client.output / "begun", client.output / "go"
+        os.mkfifo(go)
+        program = client.output / "slow-runc"
+        program.write_text(
+            f'#!/bin/sh\ncase "$*" in *create*) touch {begun}; read line < {go};; esac\nexec runc "$@"\n'
+        )
+        program.chmod(0o755)
+        name = client.container(["sleep", "1000"])
+        request = tasks_pb2.CreateTaskRequest(container_id=name)
+        request.options.type_url = "containerd.runc.v1.Options"
+        request.options.value = options_pb2.Options(binary_name=str(program)).SerializeToString()
+        creating = client.tasks.Create.future(request, metadata=client.metadata, timeout=TIMEOUT)
+        wait_until(begun.exists, "the runtime is at work", TIMEOUT)
+        daemon.kill()
+        with contextlib.suppress(grpc.RpcError):
+            creating.result()
+        client.channel.close()
+        go.write_text("go\n")
+        daemon.start()
+        client.connect()
+        # Adopted when the shim finished it for the next daemon, else taken back: never half of it.
+        for found in client.listed():
+            assert client.finish(found) == 137
+        again = client.run("sleep", "1000")
+        client.finish(again)
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -213,7 +213,7 @@ class Machine:
         self.zygote = FakeZygote()
         self.exchange = Exchange()
         self.executors = Executors.create(4, 1)
-        self.config = config or RuntimeConfig(load_timeout=5.0)
+        self.config = config or RuntimeConfig(load_timeout=5.0, create_grace=0.1)
         self.events: list[Event] = []
         self.tasks = self._make()
 

@@ -15,7 +15,8 @@ from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.model import Exit, Runtime, TaskStatus, TypedValue
 from supervisord_ctr.runtime import RuntimeConfig
-from supervisord_ctr.runtime.bundle import SANDBOX_ANNOTATION, Bundle
+from supervisord_ctr.runtime.bundle import Bundle
+from supervisord_ctr.runtime.spec import SANDBOX_ANNOTATION
 from supervisord_ctr.runtime.zygote import Remains
 from tests.unit.runtime.fakes import NAMESPACE, FakeShim, Machine
 
@@ -281,6 +282,19 @@ async def test_p5_a_task_that_was_never_made_is_removed_with_its_shim(machine: M
     assert await machine.tasks.list(NAMESPACE) == []
     await wait_until(lambda: shim.ended, 30, "the idle shim ends")
     await wait_until(lambda: machine.leftovers() == [], 30, "nothing left")
+
+
+async def test_p5_a_create_that_outlived_its_daemon_is_adopted(machine: Machine) -> None:
+    shim = await machine.run("c1")
+    held = shim.tasks.pop("c1")
+    await machine.tasks.close()
+    async with asyncio.TaskGroup() as group:
+        restarting = group.create_task(machine.restart(RuntimeConfig(create_grace=60.0)))
+        await wait_until(lambda: shim.calls.count("State") > 1, 30, "the shim is asked again")
+        shim.tasks["c1"] = held
+        await restarting
+    assert [state.id for state in await machine.tasks.list(NAMESPACE)] == ["c1"]
+    assert machine.zygote.cleaned == []
 
 
 async def test_p5_what_a_killed_daemon_left_between_two_steps_is_removed(machine: Machine) -> None:
