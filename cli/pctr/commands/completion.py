@@ -15,9 +15,9 @@ def _arguments(parser: Arguments) -> None:
 
 
 def _run(context: Context) -> None:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["pctr"], use_defaults=True, shell=context.args.shell))
+    print(shellcode(["pctr"], use_defaults=True, shell=context.args.shell))
 
 
 COMMAND = Command(
