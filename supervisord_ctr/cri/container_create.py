@@ -153,7 +153,13 @@ async def _prepare(
         systemd=core.systemd_cgroups(handler_name), features=features(), volumes=volumes,
         seccomp_default=core.settings.cri.seccomp_default, cdi_folders=core.settings.cri.cdi_dirs,
     )
-    builder = await core.executors.run_io(container_spec.build, what)
+    try:
+        builder = await core.executors.run_io(container_spec.build, what)
+    except errors.Error as error:
+        raise type(error)(
+            f"failed to generate container {container.id!r} spec: failed to generate spec opts: {error.message}",
+            kind=error.kind, key=error.key,
+        ) from error
     container.cgroup = builder.linux["cgroupsPath"]
     container.resources = resources_of(builder, config.linux.resources)
     return builder

@@ -8,9 +8,10 @@ here pulls; see `images.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from supervisord_ctr import errors
@@ -138,12 +139,14 @@ class ImageStore:
             try:
                 async with exchange.subscribe([f"namespace=={CRI_NAMESPACE},topic~=/images/"]) as events:
                     await self.resync()
+                    for name in list(self._names):
+                        await self.adopt(name)
                     async for event in events:
                         from supervisord_ctr.events import unpack
 
                         message: Any = unpack(event.event)
                         if message is not None and message.name:
-                            await self.update(message.name)
+                            await self.adopt(message.name)
                     return
             except errors.ResourceExhausted:
                 log.warning("image events came faster than they were read; images are read anew")
@@ -165,6 +168,43 @@ class ImageStore:
                 self._drop_name(name)
                 return None
             return await self._take(image)
+
+    async def adopt(self, name: str) -> None:
+        """See a name that anybody made, and make the image known by its ID too, as a kubelet needs it.
+
+        Names that others made get the label that says that CRI minds them.
+        """
+        async with self._lock:
+            try:
+                image = await self._database.images.get(CRI_NAMESPACE, name)
+            except errors.NotFound:
+                self._drop_name(name)
+                return
+            record = await self._take(image)
+            if record is None:
+                return
+            labels = {ids.LABEL_IMAGE: ids.IMAGE_MANAGED}
+            try:
+                if image.labels.get(ids.LABEL_IMAGE) != ids.IMAGE_MANAGED:
+                    marked = replace(image, labels={**image.labels, **labels})
+                    await self._database.images.update(CRI_NAMESPACE, marked, [f"labels.{ids.LABEL_IMAGE}"])
+                if record.id not in self._names:
+                    made = await self._database.images.create(CRI_NAMESPACE, Image(record.id, image.target, labels))
+                    await self._take(made)
+            except errors.AlreadyExists:
+                await self._take(replace(image, name=record.id))
+            except errors.NotFound:
+                log.debug("image %s went while it was looked at", name)
+
+    @contextlib.asynccontextmanager
+    async def unadopted(self) -> AsyncIterator[None]:
+        """Names that vanish in this block are not brought back by an event of before."""
+        async with self._lock:
+            yield
+
+    def drop(self, name: str) -> None:
+        """A name is gone."""
+        self._drop_name(name)
 
     async def _take(self, image: Image) -> ImageRecord | None:
         described = self._targets.get(image.target.digest)

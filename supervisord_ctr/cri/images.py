@@ -128,13 +128,14 @@ async def remove_image(core: Core, text: str) -> None:
         record = await core.images.resolve(text)
     except errors.NotFound:
         return
-    names = sorted(record.names)
-    for index, name in enumerate(names):
-        try:
-            await core.database.images.delete(CRI_NAMESPACE, name, sync=index == len(names) - 1)
-        except errors.NotFound:
-            log.debug("image name %s was gone already", name)
-        await core.images.update(name)
+    async with core.images.unadopted():
+        names = sorted(record.names)
+        for index, name in enumerate(names):
+            try:
+                await core.database.images.delete(CRI_NAMESPACE, name, sync=index == len(names) - 1)
+            except errors.NotFound:
+                log.debug("image name %s was gone already", name)
+            core.images.drop(name)
 
 
 async def list_images(core: Core, wanted: pb.ImageFilter) -> list[pb.Image]:

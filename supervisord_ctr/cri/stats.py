@@ -73,6 +73,12 @@ class StatsCollector:
         """What the writable layer held when it was measured last, and when (0: not yet)."""
         return self.layers.get(container_id, Usage()), self._measured_at.get(container_id, 0)
 
+    async def measure_new(self, core: Core, containers: Iterable[Container]) -> None:
+        """Measure layers that were never looked at: those of containers that just started, which hold little."""
+        for container in containers:
+            if container.id not in self.layers and container.running:
+                await self._measure_one(core, container)
+
     async def run(self, core: Core) -> None:
         """Measure layers, again and again, until cancelled."""
         while True:
@@ -88,12 +94,7 @@ class StatsCollector:
         for container in core.state.containers():
             if container.stage in ("creating", "created") or container.id in self._final:
                 continue
-            try:
-                snapshotter = core.database.snapshotter(container.snapshotter)
-                usage = await snapshotter.usage(CRI_NAMESPACE, container.id)
-            except errors.NotFound:
-                continue
-            self.layers[container.id], self._measured_at[container.id] = usage, time.time_ns()
+            await self._measure_one(core, container)
             if container.stage == "exited":
                 self._final.add(container.id)
         size = inodes = 0
@@ -108,6 +109,15 @@ class StatsCollector:
         for usage in self.layers.values():
             size, inodes = size + usage.size, inodes + usage.inodes
         self.images = Usage(size, inodes)
+
+
+    async def _measure_one(self, core: Core, container: Container) -> None:
+        try:
+            snapshotter = core.database.snapshotter(container.snapshotter)
+            usage = await snapshotter.usage(CRI_NAMESPACE, container.id)
+        except errors.NotFound:
+            return
+        self.layers[container.id], self._measured_at[container.id] = usage, time.time_ns()
 
 
 def group_of(path: str) -> cgroups.Cgroup:
@@ -267,6 +277,7 @@ async def read_containers(core: Core, containers: Iterable[Container]) -> list[t
 async def one_container(core: Core, identity: str) -> pb.ContainerStats:
     """Stats of one container; raises `NotFound`."""
     container = core.state.container(identity)
+    await core.stats.measure_new(core, [container])
     [(_, reading)] = await read_containers(core, [container])
     return container_stats(core, container, reading)
 
@@ -277,6 +288,7 @@ async def list_containers(core: Core, wanted: pb.ContainerStatsFilter) -> list[p
 
     found = select_containers(core, wanted.id, wanted.pod_sandbox_id, wanted.label_selector)
     running = [container for container in found if container.running]
+    await core.stats.measure_new(core, running)
     return [container_stats(core, container, reading) for container, reading in await read_containers(core, running)]
 
 

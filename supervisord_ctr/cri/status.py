@@ -59,7 +59,7 @@ def _information(core: Core, reason: str) -> dict[str, Any]:
     except errors.Error:
         networks = []
     return {
-        "config": dataclasses.asdict(core.settings.cri),
+        "config": _settings(core),
         "runtimes": {name: dataclasses.asdict(value) for name, value in core.settings.runtime.classes.items()},
         "cniconfig": {"networks": networks}, "lastCNILoadStatus": reason or "OK",
         "host": {
@@ -72,6 +72,29 @@ def _information(core: Core, reason: str) -> dict[str, Any]:
             "sandboxes": len(list(core.state.pods())), "containers": len(list(core.state.containers())),
             "images": len(core.images.all()),
         },
+    }
+
+
+def _settings(core: Core) -> dict[str, Any]:
+    """Our settings, and under the names of containerd's those that tools read from `crictl info`."""
+    cri = core.settings.cri
+    runtimes = {
+        name: {
+            "runtimeType": found.type, "snapshotter": found.snapshotter,
+            "options": {"BinaryName": found.binary, "Root": found.root, "SystemdCgroup": core.systemd_cgroups(name)},
+            "privilegedWithoutHostDevices": found.privileged_without_host_devices,
+        }
+        for name, found in core.settings.runtime.classes.items()
+    }
+    return {
+        **dataclasses.asdict(cri),
+        "containerd": {"defaultRuntimeName": core.settings.runtime.default, "runtimes": runtimes},
+        "cni": {**dataclasses.asdict(cri.cni), "binDirs": cri.cni.bin_dirs, "confDir": cri.cni.conf_dir,
+                "maxConfNum": cri.cni.max_conf_num},
+        "maxContainerLogLineSize": cri.max_log_line, "enableCDI": True, "cdiSpecDirs": cri.cdi_dirs,
+        "containerdEndpoint": core.settings.address, "containerdRootDir": core.settings.root,
+        "rootDir": str(core.root), "stateDir": str(core.run), "enableSelinux": container_security.selinux_enabled(),
+        "drainExecSyncIOTimeout": f"{cri.drain_exec_io_timeout:g}s",
     }
 
 
