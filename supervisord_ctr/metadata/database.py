@@ -9,6 +9,7 @@ where containerd's metadata does, and publish the events it publishes, after the
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds without collection after rows were lost: time for clients to name again what they still need.
 REPAIR_HOLD = 24 * 3600.0
+#: Seconds between two copies of the database that a repair may need.
+COPY_PERIOD = 900.0
 
 
 class Database:
@@ -63,10 +66,12 @@ class Database:
     ) -> None:
         self.engine = engine
         self._publish = publish
-        self._executors = executors
+        self.executors = executors
         self._collecting = collect
         self._open = False
         self._owner = TaskOwner("metadata")
+        self._copied_at = 0.0
+        self._copied_changes = 0
         self._snapshotters = {
             name: NamespacedSnapshotter(engine, backend, self._owner) for name, backend in snapshotters.items()
         }
@@ -89,7 +94,7 @@ class Database:
         A snapshotter that cannot be opened is left out and named in `unavailable`.
         """
         self.engine.on_commit = self._committed
-        await self._executors.run_io(self.engine.open)
+        await self.executors.run_io(self.engine.open)
         lost = self.engine.repair is not None and self.engine.repair.lossy
         if lost:
             await self.gc.hold(REPAIR_HOLD)
@@ -102,8 +107,17 @@ class Database:
                 self.unavailable[name] = str(error)
                 del self._snapshotters[name]
         self._open = True
+        self.gc.parts.append(self._copy_now_and_then)
         if self._collecting:
             self.gc.start()
+
+    async def _copy_now_and_then(self) -> list[tuple[str, str, str]]:
+        """Keep the copy for repairs fresh while the daemon runs; a part of every collection."""
+        now = time.monotonic()
+        if self.engine.changes != self._copied_changes and now - self._copied_at > COPY_PERIOD:
+            self._copied_at, self._copied_changes = now, self.engine.changes
+            await self.executors.run_io(self.engine.take_copy)
+        return []
 
     async def close(self) -> None:
         """Stop collecting, finish mutations, keep a copy for repairs, close the snapshotters and the file."""
@@ -116,10 +130,10 @@ class Database:
         for snapshotter in self._snapshotters.values():
             await snapshotter.backend.close()
         try:
-            await self._executors.run_io(self.engine.take_copy)
+            await self.executors.run_io(self.engine.take_copy)
         except (Error, OSError) as error:
             log.warning("metadata: no copy was kept: %s", error)
-        await self._executors.run_io(self.engine.close)
+        await self.executors.run_io(self.engine.close)
 
     def _committed(self, events: Sequence[PendingEvent], dirty: bool) -> None:
         for namespace, topic, message in events:

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from google.protobuf import empty_pb2
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import DecodeError
+from google.protobuf.struct_pb2 import Struct
 
 from supervisord_ctr import durable, filters
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2 as pb
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.errors import NotFound
+from supervisord_ctr.errors import InvalidArgument, NotFound, Unimplemented
+from supervisord_ctr.metadata import Collector, GcReport
 from supervisord_ctr.model import Platform
 from supervisord_ctr.rpc import Context
 from supervisord_ctr.services.convert import platform_to_message
+
+#: Answers a question to one part; both sides are what a `google.protobuf.Struct` holds.
+Info: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,27 @@ class Part:
     exports: Mapping[str, str] = field(default_factory=dict)
     capabilities: Sequence[str] = ()
     platform: Platform | None = None
+    #: Answers `PluginInfo` with options (a Struct each way); None for a part that has nothing to add.
+    info: Info | None = None
+
+
+def collector_info(collector: Collector) -> Info:
+    """Garbage collection through `PluginInfo`: {"collect": true} runs a pass, {"dry_run": true} only tells what one
+    would remove, {"release": true} ends the hold after a repair; nothing of them tells of the last pass."""
+
+    async def info(question: Mapping[str, Any]) -> Mapping[str, Any]:
+        if question.get("release"):
+            await collector.release()
+        if question.get("dry_run"):
+            report = await collector.collect(dry_run=True)
+        elif question.get("collect"):
+            report = await collector.collect()
+        else:
+            report = collector.last or GcReport()
+        removed = [{"namespace": space, "kind": kind, "id": key} for space, kind, key in report.removed]
+        return {"removed": removed, "errors": list(report.errors), "seconds": report.seconds, "dry_run": report.dry_run}
+
+    return info
 
 
 def _adapt(part: Part) -> filters.Adaptor:
@@ -84,8 +113,27 @@ class IntrospectionService(introspection_pb2_grpc.IntrospectionServicer):
         return pb.ServerResponse(uuid=self._identity, pid=os.getpid(), pidns=os.stat("/proc/self/ns/pid").st_ino)
 
     async def PluginInfo(self, request: pb.PluginInfoRequest, context: Context) -> pb.PluginInfoResponse:
-        """NOT_FOUND."""
+        """NOT_FOUND. With options the part is asked for more: UNIMPLEMENTED when it has nothing to say."""
         for part in self._parts:
             if (part.type, part.id) == (request.type, request.id):
-                return pb.PluginInfoResponse(plugin=_message(part))
+                answer = pb.PluginInfoResponse(plugin=_message(part))
+                if request.HasField("options"):
+                    await _ask(part, request, answer)
+                return answer
         raise NotFound(f"plugin {request.type}.{request.id}: not found", kind="plugin", key=request.id)
+
+
+async def _ask(part: Part, request: pb.PluginInfoRequest, answer: pb.PluginInfoResponse) -> None:
+    if part.info is None:
+        raise Unimplemented(f"plugin {part.type}.{part.id} has no extra information", kind="plugin", key=part.id)
+    question = Struct()
+    if request.options.type_url.rpartition("/")[2] != Struct.DESCRIPTOR.full_name:
+        raise InvalidArgument(f"plugin {part.id} is asked with a google.protobuf.Struct", kind="plugin", key=part.id)
+    try:
+        question.ParseFromString(request.options.value)
+    except DecodeError as error:
+        raise InvalidArgument(f"plugin {part.id}: unreadable options: {error}", kind="plugin", key=part.id) from None
+    extra = Struct()
+    extra.update(await part.info(MessageToDict(question)))
+    answer.extra.type_url = Struct.DESCRIPTOR.full_name
+    answer.extra.value = extra.SerializeToString()
