@@ -156,7 +156,7 @@ class HostsConfig:
 
 
 def _host(url: str, folder: Path, table: dict[str, Any], base: RegistryHost | None = None) -> RegistryHost:
-    if not url.startswith("http"):
+    if "://" not in url:
         url = f"https://{url}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
