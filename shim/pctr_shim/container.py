@@ -62,6 +62,8 @@ class Container:
         self.has_mounts = False
         self.execs: dict[str, ExecProcess] = {}
         self.timings: dict[str, int] = {}
+        self._own_pid_namespace = False
+        self.has_poststart_hooks = False
         self.oom_kills = 0
         self.oom_level = ""
         self._oom_fd = -1
@@ -91,6 +93,7 @@ class Container:
         """Mount the root file system and have the container made; on failure nothing is left."""
         self.init = InitProcess(self, addresses, checkpoint, parent_checkpoint)
         self._write_options()
+        self._read_specification()
         begun = time.perf_counter()
         try:
             if rootfs:
@@ -230,6 +233,10 @@ class Container:
             assert isinstance(process, ExecProcess)
             self._exec_gone(process)
 
+    def has_held_exit(self, process: Process) -> bool:
+        """Whether the process that is being started has ended already."""
+        return self._held.get(process) is not None or process.exit is not None
+
     def _release(self, process: Process) -> None:
         held = self._held.pop(process, None)
         if held is not None:
@@ -237,7 +244,7 @@ class Container:
 
     def _end_init(self) -> None:
         """The container's own process is gone: end the others, then tell (last)."""
-        if self._shares_pid_namespace() and self.init.cgroup is not None:
+        if not self._own_pid_namespace and self.init.cgroup is not None:
             try:
                 self.init.cgroup.signal_all(9)
             except OSError as error:
@@ -266,17 +273,16 @@ class Container:
             exited_at=timestamp(ended.at),
         ))
 
-    def _shares_pid_namespace(self) -> bool:
-        """Whether the container has no PID namespace of its own, so that its end ends nobody else."""
+    def _read_specification(self) -> None:
+        """What the order of things depends on. What cannot be read is the runtime's to complain about."""
         try:
             with open(self.path("config.json"), "rb") as file:
                 spec = json.load(file)
-            for namespace in spec.get("linux", {}).get("namespaces", []):
-                if namespace.get("type") == "pid" and not namespace.get("path"):
-                    return False
+            kinds = (spec.get("linux") or {}).get("namespaces") or []
+            self._own_pid_namespace = any(kind.get("type") == "pid" and not kind.get("path") for kind in kinds)
+            self.has_poststart_hooks = bool((spec.get("hooks") or {}).get("poststart"))
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s: reading its specification: %s", self.id, error)
-        return True
 
     # Memory
 

@@ -37,6 +37,7 @@ DELETING = faults.declare("shim.delete.before-runtime", "the process has ended; 
 UNMOUNTED = faults.declare("shim.delete.after-unmount", "everything is taken away; the caller has no answer")
 
 _FREEZE_TIMEOUT = 10.0
+_FREEZE_ROUND = 0.01
 _KILL_TIMEOUT = 10.0
 
 
@@ -170,7 +171,11 @@ class InitProcess(Process):
 
     async def do_start(self) -> None:
         """Let the created container run its program."""
-        await self.container.invoke(["start", self.container.id], "OCI runtime start failed")
+        fifo = "" if self.container.has_poststart_hooks else self.container.runtime.start_fifo(self.container.id)
+        if fifo:
+            await runc.release(fifo, lambda: self.container.has_held_exit(self))
+        else:
+            await self.container.invoke(["start", self.container.id], "OCI runtime start failed")
         faults.point(STARTED)
 
     async def do_restore(self) -> None:
@@ -241,20 +246,35 @@ class InitProcess(Process):
             verb = "pause" if frozen else "resume"
             await self.container.invoke([verb, self.container.id], f"OCI runtime {verb} failed")
             return
-        deadline = asyncio.get_running_loop().time() + _FREEZE_TIMEOUT
-        delay = 0.0005
         try:
-            self.cgroup.set_frozen(frozen)
-            while self.cgroup.is_frozen() != frozen and self.exit is None:
-                if asyncio.get_running_loop().time() > deadline:
-                    self.cgroup.set_frozen(not frozen)
-                    raise errors.DeadlineExceeded(f"container {self.container.id} did not freeze within 10 s")
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 0.05)
-                if frozen and not self.cgroup.is_v2:
-                    self.cgroup.set_frozen(True)  # v1: processes born meanwhile need another round
+            await self._freeze(self.cgroup, frozen)
         except OSError as error:
             raise errors.from_os_error(error, f"freeze container {self.container.id}") from error
+
+    async def _freeze(self, group: cgroups.Cgroup, frozen: bool) -> None:
+        """Freeze or thaw and wait until it is so.
+
+        In a v1 group, threads that freeze before the execve(2) of another thread of theirs could end them
+        keep that one from freezing for ever, and processes born meanwhile need another round: so now and
+        then everything is let go for a moment.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _FREEZE_TIMEOUT
+        delay = 0.0005
+        group.set_frozen(frozen)
+        while group.is_frozen() != frozen and self.exit is None:
+            if loop.time() > deadline:
+                group.set_frozen(not frozen)
+                raise errors.DeadlineExceeded(f"container {self.container.id} did not freeze within 10 s")
+            await asyncio.sleep(delay)
+            delay *= 2
+            if frozen and not group.is_v2:
+                if delay > _FREEZE_ROUND:
+                    delay = 0.0005
+                    group.set_frozen(False)
+                    await asyncio.sleep(_FREEZE_ROUND)
+                group.set_frozen(True)
+            delay = min(delay, 0.05)
 
     async def do_update(self, resources: bytes) -> None:
         """Hand new limits (the runtime specification's linux.resources in JSON) to the runtime."""

@@ -7,15 +7,18 @@ signals, freezing and metrics it does on pids and cgroups).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pctr_shim.reaper import Reaper
 from supervisord_ctr import errors
+
+_GONE_CHECK = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,17 @@ class Runtime:
             arguments.append("--systemd-cgroup")
         return [*arguments, *command]
 
+    def start_fifo(self, container_id: str) -> str:
+        """The fifo on which a created container waits for its start; "" when there is none to be read by us.
+
+        runc's `start` reads this fifo and removes it, and nothing else (libcontainer, `Container.Exec`); doing
+        that here saves a start of the runtime's program, a third of the time from create to running.
+        """
+        if os.path.basename(self.binary) != "runc":
+            return ""
+        path = os.path.join(self.root, container_id, "exec.fifo")
+        return path if os.path.exists(path) else ""
+
     async def invoke(
         self, reaper: Reaper, log: str, command: Sequence[str], failing: str,
         descriptors: Mapping[int, int] | None = None,
@@ -58,6 +72,39 @@ class Runtime:
         if status:
             reason = last_error(log) or f"{os.path.basename(self.binary)} ended with status {status}"
             raise classify(f"{failing}: {reason}", reason)
+
+
+async def release(fifo: str, gone: Callable[[], bool]) -> None:
+    """Read the start fifo: the container's program runs when this returns.
+
+    `FailedPrecondition` when `gone` says that the process has ended instead.
+    """
+    loop = asyncio.get_running_loop()
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(readable.wait(), _GONE_CHECK)
+            data = _read_now(fd)
+            if data:
+                break
+            readable.clear()
+            if gone():
+                raise errors.FailedPrecondition("OCI runtime start failed: container process is already dead")
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fifo)
+
+
+def _read_now(fd: int) -> bytes:
+    try:
+        return os.read(fd, 16)
+    except BlockingIOError:
+        return b""
 
 
 def classify(message: str, reason: str) -> errors.Error:
