@@ -58,6 +58,19 @@ def keyed(text: str) -> dict[str, int]:
     return found
 
 
+def _split(line: str) -> tuple[str, dict[str, str]]:
+    """The first word of a line, and its "key=value" words."""
+    head, _, rest = line.strip().partition(" ")
+    return head, dict(word.split("=", 1) for word in rest.split() if "=" in word)
+
+
+def _decimal(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
 def legacy(folders: Mapping[str, str], read: Read) -> dict[str, object]:
     """Fields of io.containerd.cgroups.v1.Metrics for the v1 folders of one group."""
     fields: dict[str, object] = {}
@@ -167,8 +180,7 @@ def _rdma(folder: str, read: Read) -> dict[str, object]:
     for key, file in (("current", "rdma.current"), ("limit", "rdma.max")):
         entries = []
         for line in read(f"{folder}/{file}").splitlines():
-            device, *pairs = line.split()
-            values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+            device, values = _split(line)
             entries.append({
                 "device": device,
                 "hca_handles": min(number(values.get("hca_handle", "0")), 2**32 - 1),
@@ -224,9 +236,8 @@ def _v2_memory(folder: str, stat: dict[str, int], read: Read) -> dict[str, objec
 
 
 def _io_line(line: str) -> dict[str, int]:
-    device, *pairs = line.split()
+    device, values = _split(line)
     major, _, minor = device.partition(":")
-    values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     entry = {name: number(values.get(name, "0")) for name in ("rbytes", "wbytes", "rios", "wios")}
     return {"major": number(major), "minor": number(minor), **entry}
 
@@ -235,10 +246,11 @@ def _with_pressure(fields: dict[str, object], text: str) -> dict[str, object]:
     """Add `psi` when the kernel keeps pressure stall information."""
     psi: dict[str, object] = {}
     for line in text.splitlines():
-        kind, *pairs = line.split()
-        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        kind, values = _split(line)
+        if kind not in ("some", "full"):
+            continue
         psi[kind] = {
-            **{name: float(values.get(name, "0")) for name in ("avg10", "avg60", "avg300")},
+            **{name: _decimal(values.get(name, "0")) for name in ("avg10", "avg60", "avg300")},
             "total": number(values.get("total", "0")),
         }
     return {**fields, "psi": psi} if psi else fields
