@@ -7,7 +7,7 @@ the whole OCI specification.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from google.protobuf import json_format
@@ -114,7 +114,7 @@ def _runtime_options(core: Core, pod: Pod) -> dict[str, Any]:
 def pod_info(core: Core, pod: Pod) -> dict[str, str]:
     """The verbose part of a pod's status."""
     attached = core.networks.get(pod.id)
-    result = attached.attachments[0].result if attached is not None and attached.attachments else None
+    results = [] if attached is None else [(item.interface, item.result or {}) for item in attached.attachments]
     netns = str(core.environments.namespace(pod.id, "net"))
     namespaces = [
         {"type": kind, "path": str(core.environments.namespace(pod.id, short))}
@@ -127,7 +127,7 @@ def pod_info(core: Core, pod: Pod) -> dict[str, str]:
         namespaces.append({"type": "pid", "path": f"/proc/{pod.pause_pid}/ns/pid"})
     info: dict[str, Any] = {
         "pid": pod.pause_pid, "processStatus": "running" if pod.pause_pid else "none",
-        "netNamespaceClosed": not pod.ready,
+        "netNamespaceClosed": not pod.host_network and not core.environments.network_is_open(pod.id),
         "netNamespace": "" if pod.host_network else netns, "image": core.settings.cri.sandbox_image,
         "snapshotKey": "", "snapshotter": "", "runtimeHandler": pod.handler,
         "runtimeOptions": _runtime_options(core, pod), "stage": pod.stage, "doing": core.stages.tell(pod.id),
@@ -136,9 +136,24 @@ def pod_info(core: Core, pod: Pod) -> dict[str, str]:
             "linux": {"namespaces": namespaces, "cgroupsPath": pod.config.linux.cgroup_parent},
             "hostname": pod.config.hostname,
         },
-        "cniResult": result, "addresses": pod.addresses,
+        "cniResult": {"Interfaces": {name: _interface(name, result) for name, result in results}} if results else None,
+        "cniResults": [result for _, result in results], "addresses": pod.addresses,
     }
     return {"info": json.dumps(info)}
+
+
+def _interface(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """One interface of a pod in the form that containerd's users know it from."""
+    found: dict[str, Any] = {"IPConfigs": [], "Mac": "", "Sandbox": ""}
+    interfaces = result.get("interfaces") or []
+    for entry in interfaces:
+        if entry.get("name") == name:
+            found["Mac"], found["Sandbox"] = entry.get("mac", ""), entry.get("sandbox", "")
+    for entry in result.get("ips") or []:
+        index = entry.get("interface")
+        if not isinstance(index, int) or not interfaces or interfaces[index].get("name") == name:
+            found["IPConfigs"].append({"IP": entry["address"].partition("/")[0], "Gateway": entry.get("gateway", "")})
+    return found
 
 
 def statuses_of(core: Core, pod: Pod) -> list[pb.ContainerStatus]:

@@ -268,11 +268,12 @@ class ImageStore:
     def _local(self, text: str) -> ImageRecord | None:
         if is_digest(text):
             return self._images.get(text)
+        short = text.removeprefix("sha256:")
         for name in _candidates(text):
             if name in self._names:
                 return self._images[self._names[name]]
-        if len(text) >= 3 and all(char in "0123456789abcdef" for char in text):
-            matches = [record for key, record in self._images.items() if key.partition(":")[2].startswith(text)]
+        if len(short) >= 3 and all(char in "0123456789abcdef" for char in short):
+            matches = [record for key, record in self._images.items() if key.partition(":")[2].startswith(short)]
             if len(matches) == 1:
                 return matches[0]
         return None

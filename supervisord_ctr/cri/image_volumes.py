@@ -6,6 +6,7 @@ path is opened inside the mounted image (S2): links in the image lead nowhere el
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -39,8 +40,6 @@ async def mount_all(core: Core, container: Container) -> None:
         if mount.host_path:
             raise _failed(errors.InvalidArgument, f"{mount.container_path!r} has both an image and a host path")
         check_line(mount.image_sub_path, "image sub path")
-        if mount.image_sub_path.startswith("/") or ".." in mount.image_sub_path.split("/"):
-            raise _failed(errors.InvalidArgument, f"sub path {mount.image_sub_path!r} must be relative and below")
         image = await core.images.resolve(mount.image.image)
         key = f"{container.id}-volume-{index}"
         container.image_mounts.append(key)
@@ -65,21 +64,32 @@ def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str) -> str:
         return str(whole)
     root = files.open_root(whole)
     try:
+        fd = _open_below(root, sub_path)
         try:
-            fd = files.open_in_root(root, sub_path, os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            raise _failed(errors.NotFound, f"sub path {sub_path!r}: {(error.strerror or '').lower()}") from error
-        try:
-            if os.path.isdir(f"/proc/self/fd/{fd}"):
-                target.mkdir(mode=0o711, exist_ok=True)
-            else:
-                raise _failed(errors.InvalidArgument, f"image sub path {sub_path!r} is not a directory")
+            target.mkdir(mode=0o711, exist_ok=True)
             system_mounts.mount(f"/proc/self/fd/{fd}", str(target), "", system_mounts.MS_BIND)
         finally:
             os.close(fd)
     finally:
         os.close(root)
     return str(target)
+
+
+def _open_below(root: int, sub_path: str) -> int:
+    """The folder at `sub_path`; links may lead anywhere below the image's root and nowhere else."""
+    try:
+        confined = files.RESOLVE_BENEATH | files.RESOLVE_NO_MAGICLINKS
+        fd = files.openat2(root, sub_path, os.O_PATH | os.O_CLOEXEC, 0, confined)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise _failed(errors.InvalidArgument, f"image sub path {sub_path!r}: path escapes from parent") from error
+        raise _failed(
+            errors.NotFound, f"failed to ensure image subpath {sub_path!r}: {(error.strerror or '').lower()}"
+        ) from error
+    if not os.path.isdir(f"/proc/self/fd/{fd}"):
+        os.close(fd)
+        raise _failed(errors.InvalidArgument, f"image sub path {sub_path!r}: only directory subpath is supported")
+    return fd
 
 
 async def unmount_all(core: Core, container: Container) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
+from supervisord_ctr.cri import pipes
+from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.sandbox import pause
+
+log = logging.getLogger(__name__)
 
 
 async def ensure_pause(core: Core, pod: Pod) -> int:
@@ -35,4 +42,32 @@ async def ensure_pause(core: Core, pod: Pod) -> int:
         if pod.stage != "creating":
             # Written before the container that needs it is: records are written in the order they are given.
             core.owner.start(core.state.save_pod(pod), f"record {pod.id}")
+            watch_pause(core, pod)
         return pid
+
+
+def watch_pause(core: Core, pod: Pod) -> None:
+    """Notice in the background when the pause process ends: the pod is not ready from then on."""
+    if pod.pause_pid:
+        core.owner.start(_watch(core, pod), f"pause {pod.id}")
+
+
+async def _watch(core: Core, pod: Pod) -> None:
+    pid, started = pod.pause_pid, pod.pause_start
+    try:
+        watch = os.pidfd_open(pid)
+    except ProcessLookupError:
+        watch = -1
+    try:
+        if watch >= 0 and pause.alive(pid, started):
+            await pipes.wait_readable(watch)
+    finally:
+        if watch >= 0:
+            os.close(watch)
+    async with core.locks.hold(pod.id):
+        if not pod.ready or pod.pause_pid != pid:
+            return
+        log.warning("the process that holds the pid namespace of sandbox %s ended", pod.id)
+        pod.stage = "stopped"
+        await core.state.save_pod(pod)
+    publish_pod(core, pod, pb.CONTAINER_STOPPED_EVENT)

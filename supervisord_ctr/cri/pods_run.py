@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import bandwidth, ids, userns
 from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.core import Core, Stage, all_of
-from supervisord_ctr.cri.pods_pause import ensure_pause
+from supervisord_ctr.cri.pods_pause import ensure_pause, watch_pause
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.model import Sandbox, TypedValue
 from supervisord_ctr.names import CRI_NAMESPACE, check_line
@@ -59,6 +60,10 @@ def wanted_environment(pod_id: str, config: pb.PodSandboxConfig) -> Wanted:
             raise errors.InvalidArgument(f"{kind} namespace of a sandbox must be POD or NODE", kind="sandbox")
     uids, gids = userns.mappings(options)
     own_network = options.network != pb.NODE
+    if not own_network and config.hostname not in ("", socket.gethostname()):
+        raise errors.InvalidArgument(
+            f"hostname {config.hostname!r} cannot be set for a pod in the host's network", kind="sandbox"
+        )
     dns = None
     if config.HasField("dns_config"):
         dns = Dns(list(config.dns_config.servers), list(config.dns_config.searches), list(config.dns_config.options))
@@ -143,6 +148,7 @@ async def _run(core: Core, name: str, request: pb.RunPodSandboxRequest) -> str:
             await all_of(core.networks.confirm(pod_id), _store(core, pod), core.state.save_pod(pod))
             core.state.add_pod(pod)
             undo.pop_all()
+    watch_pause(core, pod)
     faults.point(RECORDED)
     publish_pod(core, pod, pb.CONTAINER_CREATED_EVENT)
     publish_pod(core, pod, pb.CONTAINER_STARTED_EVENT)

@@ -19,6 +19,7 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import exits, ids, image_volumes
 from supervisord_ctr.cri.container_create import remove_traces
 from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.pods_pause import watch_pause
 from supervisord_ctr.cri.pods_run import wanted_environment
 from supervisord_ctr.cri.state import Container, Pod
 from supervisord_ctr.linux import mounts as system_mounts
@@ -55,7 +56,9 @@ async def _pod(core: Core, pod: Pod) -> None:
     whole = await core.executors.run_io(core.environments.intact, wanted)
     if pod.pause_pid and not pause.alive(pod.pause_pid, pod.pause_start):
         whole = False
-    if not whole:
+    if whole:
+        watch_pause(core, pod)
+    else:
         log.warning("sandbox %s lost its namespaces and is not ready any more", pod.id)
         pod.stage = "stopped"
         await core.state.save_pod(pod)

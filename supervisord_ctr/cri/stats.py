@@ -275,8 +275,13 @@ async def read_containers(core: Core, containers: Iterable[Container]) -> list[t
 
 
 async def one_container(core: Core, identity: str) -> pb.ContainerStats:
-    """Stats of one container; raises `NotFound`."""
+    """Stats of one running container; raises `NotFound` or `FailedPrecondition`."""
     container = core.state.container(identity)
+    if not container.running:
+        raise errors.FailedPrecondition(
+            f"container {container.id!r} is in {pb.ContainerState.Name(container.state)} state", kind="container",
+            key=container.id,
+        )
     await core.stats.measure_new(core, [container])
     [(_, reading)] = await read_containers(core, [container])
     return container_stats(core, container, reading)

@@ -167,6 +167,10 @@ class Environments:
         pinned = {entry.target for entry in mounts.mounts_below(self.files(wanted.id).folder) if entry.fstype == "nsfs"}
         return all(os.path.realpath(self.namespace(wanted.id, kind)) in pinned for kind in kinds)
 
+    def network_is_open(self, pod_id: str) -> bool:
+        """Whether the pod's network namespace is there."""
+        return namespaces.is_pinned(self.namespace(pod_id, "net"))
+
     def drop(self, pod_id: str) -> None:
         """Let go of namespaces and /dev/shm; the files stay, since containers that ended still name them."""
         unmount_shm(self.files(pod_id))
