@@ -34,6 +34,7 @@ from supervisord_ctr.errors import (
     NotFound,
     from_os_error,
 )
+from supervisord_ctr.linux.files import spread_subdirectories
 from supervisord_ctr.model import Mount, SnapshotInfo, SnapshotKind, Usage
 from supervisord_ctr.snapshots.interface import (
     LABEL_GID_MAPPING,
@@ -96,6 +97,7 @@ class LocalSnapshotter:
         """Load the records and remove what interrupted calls left; with `adopt` make lost records from notes."""
         for folder in (self.root, *(self.root / name for name in ("snapshots", "notes", "trash"))):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spread_subdirectories(self.root / "snapshots")
         self._by_key.clear()
         self._by_id.clear()
         self._children.clear()
