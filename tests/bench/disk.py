@@ -20,6 +20,8 @@ from tests.bench.machine import file_system
 from tests.bench.measure import say
 
 SIZE = 32 << 30
+STATE = "run"
+"""Below the folder: a tmpfs, as /run is, for what the daemons keep until a reboot."""
 
 
 def _journal_missing(folder: Path) -> bool:
@@ -52,8 +54,11 @@ def working_folder(parent: str | None) -> Iterator[Path]:
             mounted = subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=False).returncode == 0
             if not mounted:
                 say("it cannot be mounted: pulls will mostly measure how the file system avoids deleted inodes")
+        (folder / STATE).mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "tmpfs", str(folder / STATE)], check=True)
         yield folder
     finally:
+        subprocess.run(["umount", str(folder / STATE)], check=False, capture_output=True)
         if mounted:
             subprocess.run(["umount", str(folder)], check=False)
         with contextlib.suppress(FileNotFoundError):

@@ -39,8 +39,8 @@ class Subject:
     def __init__(self, work: Path, registry: str, number: int) -> None:
         self.folder = work / self.name
         self.folder.mkdir()
-        self.root, self.state = self.folder / "root", self.folder / "state"
-        self.address = str(self.folder / "s.sock")
+        self.root, self.state = self.folder / "root", work / "run" / self.name
+        self.address = str(work / "run" / f"{self.name}.sock")
         self.registry = registry
         self.cgroup = f"/{work.name}-{self.name}"
         self.bridge = f"{work.name[-8:]}{number}"
@@ -160,13 +160,15 @@ class Subject:
         subprocess.run(["ip", "link", "delete", self.bridge], check=False, capture_output=True)
         self._remove_cgroups()
         shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.state, ignore_errors=True)
 
     def _left_running(self) -> set[int]:
         """Shims (our folder is among their arguments or is where they stand) and what runs in our cgroups."""
         found: set[int] = set()
         for pid in processes.processes():
             if pid != os.getpid() and processes.program(pid).startswith(("containerd", "python", "runc", "crun")):
-                if f"{self.folder}/" in processes.command(pid) or processes.directory(pid).startswith(f"{self.folder}/"):
+                words = f"{processes.command(pid)} {processes.directory(pid)}/"
+                if any(f"{folder}/" in words for folder in (self.folder, self.state)) or f" {self.address} " in words:
                     found.add(pid)
         for folder in self._cgroups():
             with contextlib.suppress(OSError):
@@ -176,7 +178,8 @@ class Subject:
     def _mounts(self) -> list[str]:
         text = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
         points = [line.split()[4].replace("\\040", " ") for line in text.splitlines()]
-        return [point for point in reversed(points) if point.startswith(f"{self.folder}/")]
+        ours = (f"{self.folder}/", f"{self.state}/")
+        return [point for point in reversed(points) if point.startswith(ours)]
 
     def _cgroups(self) -> list[Path]:
         """Our cgroups in every hierarchy, leaves first."""
