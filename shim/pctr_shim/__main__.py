@@ -95,6 +95,7 @@ def main() -> None:
         raise SystemExit("containerd-shim-pctr-v1: shim id cannot be empty")
     try:
         if arguments.action == "start":
+            os.closerange(3, 1 << 16)  # what was inherited must not reach a container (S3)
             _start(arguments)
         elif arguments.action == "delete":
             _delete(arguments)

@@ -236,7 +236,10 @@ def _redirect(log_path: str) -> None:
 def main(arguments: list[str]) -> int:
     """Run on the descriptor given as the only argument."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    connection = socket.socket(fileno=int(arguments[0]))
+    number = int(arguments[0])
+    os.closerange(3, number)  # what else was inherited must not reach a container (S3)
+    os.closerange(number + 1, 1 << 16)
+    connection = socket.socket(fileno=number)
     connection.set_inheritable(False)
     processes.set_name("pctr-zygote")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
