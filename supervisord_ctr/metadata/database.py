@@ -30,6 +30,7 @@ from supervisord_ctr.metadata.sandboxes import Sandboxes
 from supervisord_ctr.metadata.snapshots import NamespacedSnapshotter
 from supervisord_ctr.metadata.tables import Activations, Addresses, CriRecords
 from supervisord_ctr.snapshots import Snapshotter
+from supervisord_ctr.snapshots.proxy import ProxySnapshotter
 
 #: Tells of an event: namespace, topic, message.
 Publish: TypeAlias = Callable[[str, str, Message], None]
@@ -75,6 +76,11 @@ class Database:
         self._snapshotters = {
             name: NamespacedSnapshotter(engine, backend, self._owner) for name, backend in snapshotters.items()
         }
+        for name, backend in snapshotters.items():
+            if isinstance(backend, ProxySnapshotter):
+                backend.namespaces = lambda name=name: [row[0] for row in engine.rows(  # type: ignore[misc]
+                    "SELECT DISTINCT namespace FROM snapshots WHERE snapshotter = ?", (name,)
+                )]
         self.namespaces = Namespaces(engine)
         self.containers = Containers(engine)
         self.sandboxes = Sandboxes(engine)

@@ -6,7 +6,7 @@ Owns the translation between the `Snapshotter` interface and the messages. How t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -43,8 +43,9 @@ class Remote(Protocol):
 class ProxySnapshotter:
     """A snapshotter of another process; `remote_name` is what it is called there.
 
-    Calls carry the namespace that the key begins with (metadata's keys are NAMESPACE/NUMBER/KEY), and
-    `namespace` when a call has no key.
+    Calls carry the namespace that the key begins with (metadata's keys are NAMESPACE/NUMBER/KEY). A
+    remote may keep namespaces apart (ours and containerd do) or not know them, so `walk` asks in each
+    that `namespaces` names, in those seen so far and in `namespace`, and takes every key once.
     """
 
     def __init__(
@@ -61,9 +62,14 @@ class ProxySnapshotter:
         self._remote = remote
         self._remote_name = remote_name or name
         self._namespace = namespace
+        self._seen: set[str] = set()
+        self.namespaces: Callable[[], Iterable[str]] = tuple
 
     async def _call(self, method: str, key: str, request: Message, response: type[M]) -> M:
-        namespace = key.partition("/")[0] if key.count("/") >= 2 else self._namespace
+        namespace = self._namespace
+        if key.count("/") >= 2:
+            namespace = key.partition("/")[0]
+            self._seen.add(namespace)
         return await self._remote.call(f"{_SERVICE}/{method}", request, response, namespace=namespace)
 
     async def open(self, *, adopt: bool = False) -> None:
@@ -129,12 +135,14 @@ class ProxySnapshotter:
     async def walk(self, filter_texts: Sequence[str] = ()) -> list[SnapshotInfo]:
         """See `Snapshotter.walk`."""
         request = pb.ListSnapshotsRequest(snapshotter=self._remote_name, filters=filter_texts)
-        found: list[SnapshotInfo] = []
-        async for answer in self._remote.stream(
-            f"{_SERVICE}/List", request, pb.ListSnapshotsResponse, namespace=self._namespace
-        ):
-            found.extend(_info(info) for info in answer.info)
-        return found
+        found: dict[str, SnapshotInfo] = {}
+        for namespace in {self._namespace, *self._seen, *self.namespaces()}:
+            async for answer in self._remote.stream(
+                f"{_SERVICE}/List", request, pb.ListSnapshotsResponse, namespace=namespace
+            ):
+                for info in answer.info:
+                    found[info.name] = _info(info)
+        return list(found.values())
 
     async def cleanup(self) -> int:
         """See `Snapshotter.cleanup`; a remote that does not know the call has nothing to clean."""
