@@ -116,29 +116,37 @@ async def started(
     exec_id = ids.new_id()
     folder = core.run / "exec" / exec_id
     async with pipes.opened(folder, stdin=stdin, stdout=stdout, stderr=stderr and not tty) as made:
-        try:
-            await core.tasks.exec(
-                CRI_NAMESPACE, container.id, exec_id, spec=spec, stdin=made.stdin, stdout=made.stdout,
-                stderr=made.stderr, terminal=tty,
-            )
-        except errors.Error as error:
-            raise type(error)(f"failed to exec in container: {error.message}", kind="exec", key=exec_id) from error
         running = Running(core, container.id, exec_id, 0, made)
+        # Beginning is not cancelled half-way: a caller that leaves waits for no process that nobody knows of.
+        beginning = core.owner.start(_begin(running, spec, tty), f"start of exec {exec_id}")
         try:
-            try:
-                running.pid = await core.tasks.start(CRI_NAMESPACE, container.id, exec_id)
-            except errors.Error as error:
-                raise type(error)(
-                    f"failed to exec in container: failed to start exec {exec_id!r}: {error.message}",
-                    kind="exec", key=exec_id,
-                ) from error
+            await asyncio.shield(beginning)
             yield running
         finally:
-            await asyncio.shield(core.owner.start(_end(running), f"end of exec {exec_id}"))
+            await asyncio.shield(core.owner.start(_end(running, beginning), f"end of exec {exec_id}"))
 
 
-async def _end(running: Running) -> None:
+async def _begin(running: Running, spec: TypedValue, tty: bool) -> None:
+    core, exec_id, made = running.core, running.exec_id, running.pipes
+    try:
+        await core.tasks.exec(
+            CRI_NAMESPACE, running.container_id, exec_id, spec=spec, stdin=made.stdin, stdout=made.stdout,
+            stderr=made.stderr, terminal=tty,
+        )
+    except errors.Error as error:
+        raise type(error)(f"failed to exec in container: {error.message}", kind="exec", key=exec_id) from error
+    try:
+        running.pid = await core.tasks.start(CRI_NAMESPACE, running.container_id, exec_id)
+    except errors.Error as error:
+        raise type(error)(
+            f"failed to exec in container: failed to start exec {exec_id!r}: {error.message}",
+            kind="exec", key=exec_id,
+        ) from error
+
+
+async def _end(running: Running, beginning: asyncio.Task[None]) -> None:
     """Kill what still runs and take the exec away."""
+    await asyncio.wait([beginning])
     if running.pid and not running.ended:
         await running.kill_tree()
         with contextlib.suppress(errors.Error, TimeoutError):

@@ -126,6 +126,8 @@ class Wire(asyncio.Protocol):
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
                 self._wake_next()
+            else:
+                self._waiters.remove(waiter)
             raise
         # The next one comes when this one has had its turn, unless that filled the buffer again.
         self._loop.call_soon(self._wake_next)
