@@ -300,6 +300,9 @@ async def apply_to_mounts(
         plain = not any(word.startswith(("uidmap=", "gidmap=", "X-")) for word in mounts[0].options)
         if plain and not mounts[0].target:
             return await _apply_to_path(pool, blob_fd, size, mounts[0].source, limits)
+    if (upper := _upper_alone(mounts)) is not None:
+        # Clients that unpack layers side by side name only where the changes go (containerd's unpacker does).
+        return await _apply_to_path(pool, blob_fd, size, upper, limits, alone=True)
     async with contextlib.AsyncExitStack() as stack:
         mounted = temp_mount(mounts, scratch)
         path = await executors.run_io(mounted.__enter__)
@@ -307,12 +310,24 @@ async def apply_to_mounts(
         return await _apply_to_path(pool, blob_fd, size, path, limits)
 
 
-async def _apply_to_path(pool: UnpackPool, blob_fd: int, size: int, path: str, limits: Limits | None) -> Applied:
+def _upper_alone(mounts: Sequence[Mount]) -> str | None:
+    """The upper directory of an overlay mount that names no lower one, and so cannot be mounted."""
+    if len(mounts) != 1 or mounts[0].type != "overlay":
+        return None
+    words = dict(word.partition("=")[::2] for word in mounts[0].options)
+    return None if "lowerdir" in words else words.get("upperdir")
+
+
+async def _apply_to_path(
+    pool: UnpackPool, blob_fd: int, size: int, path: str, limits: Limits | None, *, alone: bool = False
+) -> Applied:
     try:
         target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise Error(f"open {path}: {error.strerror}") from error
     try:
+        if alone:
+            return await pool.apply(blob_fd, size, target, style="overlay", complete=False, limits=limits)
         return await pool.apply(blob_fd, size, target, limits=limits)
     finally:
         os.close(target)
