@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -96,25 +97,21 @@ class StreamingBackend:
             raise errors.FailedPrecondition(
                 f"sandbox container {pod.id!r} is not running", kind="sandbox", key=pod.id
             )
-        failure: OSError | None = None
-        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        failures = []
+        for name, family, address in (("IPv4", socket.AF_INET, "127.0.0.1"), ("IPv6", socket.AF_INET6, "::1")):
             try:
                 connection = await self._core.executors.run_io(self._socket, pod, family)
+                try:
+                    await asyncio.get_running_loop().sock_connect(connection, (address, port))
+                except BaseException:
+                    connection.close()
+                    raise
+                return connection
             except OSError as error:
-                failure = failure or error
-                continue
-            try:
-                await asyncio.get_running_loop().sock_connect(connection, (address, port))
-            except OSError as error:
-                connection.close()
-                failure = failure if isinstance(failure, ConnectionRefusedError) else error
-                continue
-            except BaseException:
-                connection.close()
-                raise
-            return connection
+                failures.append(f"{name}: {os.strerror(error.errno or 0).lower()}")
         raise errors.Unavailable(
-            f"failed to connect to localhost:{port} inside sandbox {pod.id!r}: {failure}", kind="sandbox", key=pod.id
+            f"failed to connect to localhost:{port} inside sandbox {pod.id!r}, {', '.join(failures)}", kind="sandbox",
+            key=pod.id,
         )
 
     def _socket(self, pod: Pod, family: socket.AddressFamily) -> socket.socket:
