@@ -123,6 +123,8 @@ async def settle(tasks: Tasks, task: Task) -> None:
     Raises NotFound when the shim is dead, other errors when it may live. A task that its shim
     never made is removed with the shim.
     """
+    # First the reader of its log: a foreign shim may be waiting for one before it serves.
+    tasks.shims.watch_log(task.bundle, task.record)
     shim = await tasks.shims.connect(task.bundle, task.record, timeout=tasks.config.load_timeout)
     try:
         state = await _state(tasks, task, shim)
@@ -141,7 +143,6 @@ async def settle(tasks: Tasks, task: Task) -> None:
     shim.tasks.add(task.id)
     task.pid = state.pid or task.pid
     task.attach_shim(shim)
-    tasks.shims.watch_log(task.bundle, task.record)
     if state.status is TaskStatus.STOPPED:
         log.info("task %s in %s exited with %d meanwhile", task.id, task.namespace, state.exit_status)
 

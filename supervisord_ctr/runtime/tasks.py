@@ -146,9 +146,11 @@ class Tasks:
 
     async def discard(self, bundle: Bundle, record: Record) -> None:
         """Remove a task that was never made, whatever its shim got to, and the shim."""
+        self.shims.watch_log(bundle, record)
         await self.shims.dismiss(bundle.namespace, socket_path(record.address))
         with contextlib.suppress(errors.Error, TimeoutError):
             await self.shims.clean_up(bundle, record)
+        self.shims.forget_log(bundle)
         await self._executors.run_io(bundle.delete)
 
     def lock(self, task: Task) -> AbstractAsyncContextManager[None]:

@@ -190,10 +190,10 @@ def test_a_graceful_restart_leaves_containers_alone(root: Path) -> None:
 def test_p5_a_daemon_killed_while_the_runtime_makes_the_container(root: Path, runtime: str) -> None:
     with running_daemon() as daemon, client_of(daemon, root, runtime) as client:
         begun, go = client.output / "begun", client.output / "go"
-        os.mkfifo(go)
         program = client.output / "slow-runc"
         program.write_text(
-            f'#!/bin/sh\ncase "$*" in *create*) touch {begun}; read line < {go};; esac\nexec runc "$@"\n'
+            f'#!/bin/sh\ncase "$*" in *create*) touch {begun}; while [ ! -e {go} ]; do sleep 0.05; done;; esac\n'
+            'exec runc "$@"\n'
         )
         program.chmod(0o755)
         name = client.container(["sleep", "1000"])
@@ -206,7 +206,7 @@ def test_p5_a_daemon_killed_while_the_runtime_makes_the_container(root: Path, ru
         with contextlib.suppress(grpc.RpcError):
             creating.result()
         client.channel.close()
-        go.write_text("go\n")
+        go.touch()
         daemon.start()
         client.connect()
         # Adopted when the shim finished it for the next daemon, else taken back: never half of it.
@@ -216,8 +216,11 @@ def test_p5_a_daemon_killed_while_the_runtime_makes_the_container(root: Path, ru
         client.finish(again)
 
 
-@pytest.mark.parametrize("point", POINTS)
-@RUNTIMES
+@pytest.mark.parametrize(("runtime", "point"), [
+    *((OWN, point) for point in POINTS),
+    # With a foreign shim only the points differ where the shim is half way.
+    *((FOREIGN, point) for point in POINTS if point.startswith("runtime.shim.")),
+])
 def test_p5_p13_a_daemon_killed_at_a_trace_point_leaves_nothing_wrong(root: Path, runtime: str, point: str) -> None:
     """One life of a task with the daemon killed at `point`; the next daemon goes on from what is there."""
     armed = {"PCTR_FAULTS": f"{point}=kill@1"}
