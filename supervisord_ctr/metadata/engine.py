@@ -24,7 +24,15 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from google.protobuf.message import Message
 
 from supervisord_ctr import faults
-from supervisord_ctr.errors import DataLoss, Error, FailedPrecondition, Internal, ResourceExhausted, Unavailable
+from supervisord_ctr.errors import (
+    DataLoss,
+    Error,
+    FailedPrecondition,
+    Internal,
+    ResourceExhausted,
+    Unavailable,
+    from_os_error,
+)
 from supervisord_ctr.metadata import recovery, schema
 from supervisord_ctr.metadata.records import SnapshotRecords
 
@@ -37,7 +45,9 @@ PendingEvent: TypeAlias = tuple[str, str, Message]
 log = logging.getLogger(__name__)
 
 _BATCH = 256
-_CHECKPOINT_PAGES = 1000
+# Changed rows after which the log is moved into the file: when nobody waits, and at the latest.
+_CHECKPOINT_SOON = 1000
+_CHECKPOINT_LATEST = 20_000
 
 BEFORE_COMMIT = faults.declare("metadata.commit.before", "mutations are written into a transaction, not committed")
 AFTER_COMMIT = faults.declare("metadata.commit.after", "mutations are durable, nobody was told")
@@ -265,7 +275,7 @@ class Engine:
                     break
             if batch:
                 self._commit(batch)
-                if self._queue.empty():
+                if self._queue.empty() or self._uncheckpointed > _CHECKPOINT_LATEST:
                     self._checkpoint()
 
     def _commit(self, batch: list[_Mutation[Any]]) -> None:
@@ -273,12 +283,15 @@ class Engine:
         connection = self._writer
         try:
             self._transact(connection, batch)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
-            if _is_full(error) and recovery.give_reserve(self.path):
-                return self._commit(batch)
-            translated = _translate(error, self.path)
+            if isinstance(error, sqlite3.Error):
+                if _is_full(error) and recovery.give_reserve(self.path):
+                    return self._commit(batch)
+                translated = _translate(error, self.path)
+            else:
+                translated = from_os_error(error, "commit to the metadata database")
             if isinstance(translated, DataLoss):
                 self._failed = translated
             for mutation in batch:
@@ -340,7 +353,7 @@ class Engine:
 
     def _checkpoint(self) -> None:
         """Move the log into the file while nobody waits."""
-        if self._uncheckpointed < _CHECKPOINT_PAGES or self._writer is None:
+        if self._uncheckpointed < _CHECKPOINT_SOON or self._writer is None:
             return
         self._uncheckpointed = 0
         try:
@@ -349,7 +362,11 @@ class Engine:
             log.warning("metadata: checkpoint of %s failed: %s", self.path, error)
 
     def take_copy(self) -> None:
-        """Write the copy that a later repair may need. Blocks; ResourceExhausted when the disk is full."""
+        """Write the copy that a later repair may need, and take the reserve again if it was given up. Blocks.
+
+        ResourceExhausted when the disk is full.
+        """
+        recovery.hold_reserve(self.path)
         try:
             recovery.take_copy(self.path)
         except sqlite3.Error as error:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from supervisord_ctr import faults
 from supervisord_ctr.api.events import events_pb2
-from supervisord_ctr.errors import FailedPrecondition, Internal, NotFound, Unavailable
+from supervisord_ctr.errors import Error, FailedPrecondition, Internal, NotFound, Unavailable
 from supervisord_ctr.metadata import recovery, schema
 from supervisord_ctr.metadata.engine import Engine, PendingEvent, Transaction
 
@@ -83,6 +84,37 @@ async def test_a_mutation_that_fails_undoes_only_itself(path: Path) -> None:
     )
     assert [type(result) for result in results] == [str, NotFound, Internal, str]
     assert engine.rows("SELECT key FROM facts ORDER BY key") == [("also",), ("good",)]
+    engine.close()
+
+
+async def test_a_failing_disk_fails_the_batch_and_not_the_engine(path: Path) -> None:
+    engine = Engine(path)
+    engine.open()
+    told = []
+    engine.on_commit = lambda events, dirty: told.append(dirty)
+    faults.arm("metadata.commit.before=error:EIO")
+    try:
+        with pytest.raises(Error, match="EIO"):
+            await engine.write(put("lost"))
+    finally:
+        faults.arm("")
+    await engine.write(put("kept"))
+    assert engine.rows("SELECT key FROM facts") == [("kept",)]
+    assert len(told) == 1
+    engine.close()
+
+
+async def test_the_log_is_moved_into_the_file(path: Path) -> None:
+    engine = Engine(path)
+    engine.open()
+    await engine.write(lambda tx: [
+        tx.execute("INSERT INTO cri_records VALUES ('k', ?, ?)", (str(number), b"v" * 500)) for number in range(3000)
+    ])
+    for _ in range(500):
+        if path.stat().st_size > 1 << 20:
+            break
+        await asyncio.sleep(0.01)
+    assert path.stat().st_size > 1 << 20
     engine.close()
 
 
