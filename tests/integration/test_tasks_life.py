@@ -16,7 +16,7 @@ from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.services.containers.v1 import containers_pb2
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types.task import task_pb2
-from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots
+from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots, shim_pid
 from tests.support.daemon import DaemonProcess, wait_until
 
 
@@ -250,5 +250,70 @@ def test_many_at_once(daemon: DaemonProcess, root: Path) -> None:
         for thread in threads:
             thread.join(2 * TIMEOUT)
         assert [results.get(name) for name in names] == list(range(12))
+    finally:
+        client.close()
+
+
+def test_s9_execs_leave_no_descriptor_behind(daemon: DaemonProcess, root: Path) -> None:
+    """Good ones and failing ones, several at a time: daemon and shim end with the descriptors they began with."""
+    client = Client(daemon, root)
+    try:
+        name = client.run("sleep", "1000")
+        assert daemon.process is not None
+        watched = (daemon.process.pid, shim_pid(client, name))
+        failures: list[str] = []
+
+        def one(number: int) -> None:
+            exec_id = f"e{number}"
+            program = "true" if number % 3 else "/not/there"
+            client.exec(name, exec_id, [program], stdout=f"file://{client.output}/{exec_id}")
+            try:
+                client.start(name, exec_id)
+            except grpc.RpcError:
+                if number % 3:
+                    failures.append(f"{exec_id} did not start")
+            else:
+                if client.wait(name, exec_id):
+                    failures.append(f"{exec_id} failed")
+            client.call(client.tasks.DeleteProcess, tasks_pb2.DeleteProcessRequest(container_id=name, exec_id=exec_id))
+
+        def several(first: int, count: int) -> None:
+            threads = [threading.Thread(target=one, args=(first + number,)) for number in range(count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(TIMEOUT)
+
+        def descriptors() -> list[int]:
+            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in watched]
+
+        several(0, 6)
+        before = descriptors()
+        for first in range(6, 54, 6):
+            several(first, 6)
+        wait_until(lambda: all(now <= then for now, then in zip(descriptors(), before, strict=True)),
+                   f"descriptors are back to {before}, now {descriptors()}", TIMEOUT)
+        assert failures == []
+        client.finish(name)
+    finally:
+        client.close()
+
+
+def test_a_checkpoint_that_the_machine_cannot_make_is_a_clear_error(daemon: DaemonProcess, root: Path) -> None:
+    """Where criu works this makes a checkpoint; where it does not, the task runs on and the error tells of the log."""
+    client = Client(daemon, root)
+    try:
+        name = client.run("sleep", "1000")
+        try:
+            made = client.call(client.tasks.Checkpoint, tasks_pb2.CheckpointTaskRequest(container_id=name))
+            assert [item.size > 0 for item in made.descriptors] == [True, True]
+        except grpc.RpcError as error:
+            assert "criu" in error.details()
+            assert client.status(name) == task_pb2.RUNNING
+        wrong = tasks_pb2.CheckpointTaskRequest(container_id=name)
+        wrong.options.type_url, wrong.options.value = "some.Other", b""
+        assert client.code(client.tasks.Checkpoint, wrong) == grpc.StatusCode.INVALID_ARGUMENT
+        client.finish(name)
+        assert list((daemon.state / "checkpoints").iterdir()) == []
     finally:
         client.close()
