@@ -91,6 +91,7 @@ class Bundle:
                 if gid:
                     os.chown(bundle.path, -1, gid)
                     bundle.path.chmod(0o710)
+                    let_pass(state.parent)
                 make_passable(bundle.rootfs)
                 make_passable(work.parent)
                 with contextlib.suppress(FileNotFoundError):
@@ -167,6 +168,13 @@ def make_passable(folder: Path) -> None:
         make_passable(folder.parent)
         folder.mkdir(mode=0o711)
     folder.chmod(0o711)
+
+
+def let_pass(folder: Path) -> None:
+    """Let others pass a folder that they still may not list: id-mapped users must reach their root file system."""
+    mode = folder.stat().st_mode & 0o7777
+    if not mode & 0o001:
+        folder.chmod(mode | 0o011)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -37,9 +37,14 @@ def test_s12_nobody_else_may_enter(tmp_path: Path, umask: int) -> None:
 
 
 def test_s12_a_mapped_group_may_pass(tmp_path: Path) -> None:
-    bundle = _make(tmp_path, gid=100000)
+    top = tmp_path / "top"
+    top.mkdir(mode=0o700)
+    Bundle.create(top / "tasks", tmp_path / "root", "ns", "plain", b"{}")
+    assert _mode(top) == 0o700
+    bundle = Bundle.create(top / "tasks", tmp_path / "root", "ns", "mapped", b"{}", gid=100000)
     assert _mode(bundle.path) == 0o710
     assert bundle.path.stat().st_gid == 100000
+    assert _mode(top) == 0o711
 
 
 def test_a_second_bundle_of_that_name_is_refused(tmp_path: Path) -> None:
