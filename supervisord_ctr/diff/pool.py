@@ -24,6 +24,8 @@ from supervisord_ctr.errors import Cancelled, Unavailable, from_code
 
 log = logging.getLogger(__name__)
 
+#: The folder that holds our package: an editable installation finds it by a hook that a worker does not load.
+_HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[2].split(':'); from supervisord_ctr.diff.worker import main; "
     "main(int(sys.argv[1]))"
@@ -36,7 +38,7 @@ class _Worker:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            path = ":".join(os.path.abspath(folder) for folder in sys.path if folder)
+            path = ":".join(dict.fromkeys([_HOME, *(os.path.abspath(folder) for folder in sys.path if folder)]))
             environment = {name: os.environ[name] for name in ("PCTR_FAULTS", "LD_LIBRARY_PATH") if name in os.environ}
             # The parent-death signal follows the thread that forks: this must be the loop's, which lives longest.
             self._process = subprocess.Popen(
