@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -55,12 +56,18 @@ def missing(wanted: dict[str, str]) -> dict[str, str]:
 
 
 def static_busybox() -> bool:
-    """Whether the installed busybox needs no shared libraries, so that an image may hold it alone."""
+    """Whether the installed busybox needs no interpreter (elf(5), PT_INTERP), so that an image may hold it alone."""
     program = shutil.which("busybox")
     if program is None:
         return False
     with open(program, "rb") as handle:
-        return b"ld-linux" not in handle.read()
+        header = handle.read(64)
+        if header[:5] != b"\x7fELF\x02":
+            return False
+        table, size, count = struct.unpack_from("<Q", header, 32)[0], *struct.unpack_from("<HH", header, 54)
+        handle.seek(table)
+        kinds = [struct.unpack_from("<I", handle.read(size))[0] for _ in range(count)]
+    return 3 not in kinds
 
 
 def install_programs(kind: str) -> None:
