@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from supervisord_ctr.errors import InvalidArgument
@@ -109,6 +109,7 @@ def test_a_filter_of_names_can_be_asked_of_an_index() -> None:
     assert ALWAYS.names_only("name") is None
 
 
+@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.text(max_size=40))
 def test_anything_parses_or_is_an_invalid_argument(text: str) -> None:
     try:
@@ -118,6 +119,7 @@ def test_anything_parses_or_is_an_invalid_argument(text: str) -> None:
     parsed.matches(lambda path: ("x", True))
 
 
+@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\n"), max_size=30))
 def test_a_quoted_value_is_found_again(value: str) -> None:
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from supervisord_ctr.metadata.gc import (
@@ -32,6 +32,7 @@ def test_mark_follows_edges_and_survives_cycles() -> None:
     assert mark([], lambda node: edges.get(node, [])) == set()
 
 
+@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.integers(0, 20), st.lists(st.integers(0, 20), max_size=4)), st.sets(st.integers(0, 20)))
 def test_marked_is_the_smallest_closed_set(edges: dict[int, list[int]], roots: set[int]) -> None:
     def follow(node: Node) -> list[Node]:
