@@ -144,14 +144,16 @@ class Tour:
         self._environment = {**os.environ, "PCTR_ADDRESS": str(address), "PCTR_NAMESPACE": "demo",
                              "PATH": f"{BIN}:{os.environ['PATH']}"}
 
-    def __call__(self, *words: str, shown: bool = True) -> float:
-        """Run one command; its duration in seconds. A failure ends the demonstration."""
+    def __call__(self, *words: str, shown: bool = True, status: int = 0) -> float:
+        """Run one command; its duration in seconds. A status other than `status` ends the demonstration."""
         if shown:
             print(f"\n$ {shlex.join(words)}", flush=True)
         started = time.monotonic()
+        hidden = None if shown else subprocess.PIPE
         result = subprocess.run(words, check=False, env=self._environment, stdin=subprocess.DEVNULL,
-                                stdout=None if shown else subprocess.DEVNULL)
-        if result.returncode:
+                                stdout=hidden, stderr=hidden, text=True)
+        if result.returncode != status:
+            print(result.stdout or "", result.stderr or "", file=sys.stderr)
             sys.exit(f"demo: {shlex.join(words)} ended with status {result.returncode}")
         return time.monotonic() - started
 
@@ -175,7 +177,7 @@ def main() -> None:
         tour = Tour(base / "s.sock")
         tour("pctr", "image", "import", str(base / "busybox.tar"), shown=False)
         tour("pctr", "image", "push", image, shown=False)
-        tour("pctr", "image", "rm", image, shown=False)
+        tour("pctr", "image", "rm", "--sync", image, shown=False)
 
         pulled = tour("pctr", "image", "pull", image)
         ran = tour("pctr", "run", "--rm", image, "hello", "echo", "hello from a container")
@@ -184,7 +186,7 @@ def main() -> None:
         tour("pctr", "snapshot", "tree")
         tour("pctr", "task", "ls")
         tour("pctr", "task", "kill", "-s", "KILL", "sleeper", shown=False)
-        tour("pctr", "task", "rm", "--force", "sleeper", shown=False)
+        tour("pctr", "task", "rm", "--force", "sleeper", shown=False, status=137)  # the task's own
         tour("pctr", "container", "rm", "sleeper", shown=False)
         whole = time.monotonic() - started
         print(f"\npulled in {pulled:.2f} s, ran in {ran:.2f} s, everything in {whole:.2f} s", flush=True)
