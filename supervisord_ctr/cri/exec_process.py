@@ -139,7 +139,7 @@ async def _begin(running: Running, spec: TypedValue, tty: bool) -> None:
         running.pid = await core.tasks.start(CRI_NAMESPACE, running.container_id, exec_id)
     except errors.Error as error:
         raise type(error)(
-            f"failed to exec in container: failed to start exec {exec_id!r}: {error.message}",
+            f"failed to exec in container: failed to start exec \"{exec_id}\": {error.message}",
             kind="exec", key=exec_id,
         ) from error
 

@@ -110,7 +110,7 @@ class StreamingBackend:
             except OSError as error:
                 failures.append(f"{name}: {os.strerror(error.errno or 0).lower()}")
         raise errors.Unavailable(
-            f"failed to connect to localhost:{port} inside sandbox {pod.id!r}, {', '.join(failures)}", kind="sandbox",
+            f'failed to connect to localhost:{port} inside namespace "{pod.id}", {", ".join(failures)}', kind="sandbox",
             key=pod.id,
         )
 
