@@ -217,7 +217,7 @@ def test_p12_lists_stream_in_pages(cri: Cri) -> None:
     pod, _ = cri.run_pod()
     pages = list(cri.runtime.StreamPodSandboxes(pb.StreamPodSandboxesRequest()))
     assert pod in {item.id for page in pages for item in page.pod_sandboxes}
-    assert [page for page in cri.runtime.StreamContainers(pb.StreamContainersRequest())]
+    assert len(list(cri.runtime.StreamContainers(pb.StreamContainersRequest()))) >= 1
     cri.remove_pod(pod)
 
 

@@ -6,6 +6,7 @@ in this process, a CNI network that nobody else uses, and words for the usual re
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import hashlib
@@ -67,6 +68,7 @@ class Registry:
         self._blobs: dict[str, bytes] = {}
         self._manifests: dict[str, tuple[str, bytes]] = {}
         self.requests: list[str] = []
+        self.login = ""
         registry = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -83,9 +85,14 @@ class Registry:
 
             def _answer(self, *, body: bool) -> None:
                 status, kind, data = registry.find(self.path)
+                wanted = "Basic " + base64.b64encode(registry.login.encode()).decode()
+                if registry.login and self.headers.get("Authorization") != wanted:
+                    status, kind, data = 401, "application/json", b"{}"
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
+                if status == 401:
+                    self.send_header("WWW-Authenticate", 'Basic realm="test"')
                 if status == 200 and "/manifests/" in self.path:
                     self.send_header("Docker-Content-Digest", _digest(data))
                 self.end_headers()
@@ -325,6 +332,8 @@ def running_cri(
 ) -> Iterator[Cri]:
     """A daemon that serves CRI, with registry and network; all gone after the block, with a check for leaks."""
     base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir="/tmp"))
+    # Users of a mapped namespace pass through it to their root file systems.
+    os.chmod(base, 0o711)
     registry, network = Registry(), Network(base)
     daemon = DaemonProcess(base, f"""
 [cri]
