@@ -117,7 +117,7 @@ class Connection:
         if data:
             stream.outgoing.append(data)
         stream.finish_sending = stream.finish_sending or end
-        self._fill()
+        self.flush()
 
     def cancel(self, stream: Stream) -> None:
         """Give a stream up: the peer is told, nothing more of it is kept."""
@@ -135,6 +135,7 @@ class Connection:
 
     def flush(self) -> None:
         """Hand the socket what it takes without waiting."""
+        self._fill()
         while self._out:
             try:
                 del self._out[:self._sock.send(self._out)]
@@ -143,6 +144,8 @@ class Connection:
             except OSError as error:
                 self._lose(f"connection lost: {error.strerror or error}")
                 return
+            if not self._out:
+                self._fill()
 
     def pump(self, timeout: float | None = 0.0) -> bool:
         """Send and receive what is possible, waiting up to `timeout` seconds (None: for ever) for something.
@@ -172,7 +175,6 @@ class Connection:
             self._parse()
         except (HpackError, struct.error) as error:
             self._lose(f"the daemon broke the protocol: {error}")
-        self._fill()
         self.flush()
         return True
 
@@ -202,7 +204,6 @@ class Connection:
             if stream.finish_sending and not stream.outgoing and not stream.sent_all:
                 self._frame(DATA, END_STREAM, stream.number)
                 stream.sent_all = True
-        self.flush()
 
     # -- receiving -------------------------------------------------------------------------------
 
