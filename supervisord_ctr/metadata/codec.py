@@ -105,7 +105,7 @@ def update_labels(
         elif path == "labels":
             result = dict(wanted)
         else:
-            raise InvalidArgument(f"cannot update {path!r} field on {what}", kind="fieldpath", key=path)
+            raise InvalidArgument(f'cannot update "{path}" field on {what}', kind="fieldpath", key=path)
     return result
 
 

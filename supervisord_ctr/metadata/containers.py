@@ -75,7 +75,7 @@ class Containers:
         """NotFound."""
         row = self._engine.row(f"SELECT {_COLUMNS} FROM containers WHERE namespace = ? AND id = ?", (namespace, id))
         if row is None:
-            raise NotFound(f"container {id!r} in namespace {namespace!r}: not found", kind="container", key=id)
+            raise NotFound(f'container "{id}" in namespace "{namespace}": not found', kind="container", key=id)
         return _load(row)
 
     async def list(self, namespace: str, filter_texts: Sequence[str] = ()) -> list[Container]:
@@ -103,7 +103,7 @@ class Containers:
             ensure_namespace(tx, namespace)
             marks = ", ".join("?" * len(values))
             if not tx.execute(f"INSERT OR IGNORE INTO containers (namespace, {_COLUMNS}) VALUES ({marks})", values):
-                raise AlreadyExists(f"container {container.id!r}: already exists", kind="container", key=container.id)
+                raise AlreadyExists(f'container "{container.id}": already exists', kind="container", key=container.id)
             runtime = events_pb2.ContainerCreate.Runtime(name=stored.runtime.name)
             if stored.runtime.options is not None:
                 runtime.options.type_url = stored.runtime.options.type_url
@@ -130,7 +130,7 @@ class Containers:
                 f"SELECT {_COLUMNS} FROM containers WHERE namespace = ? AND id = ?", (namespace, container.id)
             )
             if row is None:
-                raise NotFound(f"container {container.id!r}: not found", kind="container", key=container.id)
+                raise NotFound(f'container "{container.id}": not found', kind="container", key=container.id)
             updated = _apply(_load(row), container, fieldpaths)
             updated = replace(_checked(updated, "update failed validation"), updated_at=time.time())
             values = (namespace, *_dump(updated))
@@ -151,7 +151,7 @@ class Containers:
 
         def work(tx: Transaction) -> None:
             if not tx.execute("DELETE FROM containers WHERE namespace = ? AND id = ?", (namespace, id)):
-                raise NotFound(f"container {id!r}: not found", kind="container", key=id)
+                raise NotFound(f'container "{id}": not found', kind="container", key=id)
             tx.dirty = True
             tx.event(namespace, "/containers/delete", events_pb2.ContainerDelete(id=id))
 
@@ -185,7 +185,7 @@ def _apply(current: Container, wanted: Container, fieldpaths: Sequence[str]) -> 
         elif path == "snapshotkey":
             snapshot_key = wanted.snapshot_key
         else:
-            raise InvalidArgument(f"cannot update {path!r} field on {current.id!r}", kind="container", key=current.id)
+            raise InvalidArgument(f'cannot update "{path}" field on "{current.id}"', kind="container", key=current.id)
     return replace(
         current, labels=labels, extensions=extensions, spec=spec, image=image, snapshot_key=snapshot_key
     )

@@ -199,15 +199,18 @@ class ContentWriter:
 
         self._inner = await self._content.executors.run_io(copy)
 
-    async def commit(self, size: int = 0, expected: str = "", labels: Mapping[str, str] | None = None) -> str:
+    async def commit(
+        self, size: int = 0, expected: str = "", labels: Mapping[str, str] | None = None, *, durable: bool = True
+    ) -> str:
         """Make it a blob of the namespace, durably; returns the digest. The writer is closed then, also after an error.
 
         FailedPrecondition when `size` (not 0) or `expected` (not empty) differ; the ingest stays and
-        may be resumed. AlreadyExists when the namespace has the blob: the ingest is gone then.
+        may be resumed. AlreadyExists when the namespace has the blob: the ingest is gone then. With
+        `durable=False` the record waits for the next durable mutation; the bytes are on disk all the same.
         """
-        return await shielded(self._content.owner, self._commit(size, expected, labels), f"commit {self.ref}")
+        return await shielded(self._content.owner, self._commit(size, expected, labels, durable), f"commit {self.ref}")
 
-    async def _commit(self, size: int, expected: str, labels: Mapping[str, str] | None) -> str:
+    async def _commit(self, size: int, expected: str, labels: Mapping[str, str] | None, durable: bool) -> str:
         run_io = self._content.executors.run_io
         try:
             kept = checked_labels(labels, "info.labels")
@@ -215,19 +218,23 @@ class ContentWriter:
                 inner = self._inner
                 if size and size != inner.offset:
                     raise FailedPrecondition(
-                        f"{self.ref!r} failed size validation: {inner.offset} != {size}", kind="ingest", key=self.ref
+                        f'"{self.ref}" failed size validation: {inner.offset} != {size}', kind="ingest", key=self.ref
                     )
-                length, digest = inner.offset, await run_io(inner.settle, size, expected)
+                try:
+                    length, digest = inner.offset, await run_io(inner.settle, size, expected)
+                except FailedPrecondition as error:
+                    told = error.message.replace(self._backend, self.ref)
+                    raise FailedPrecondition(told, kind="ingest", key=self.ref) from None
                 async with self._content.digests.hold(digest):
                     try:
                         await run_io(inner.commit, size, digest)
                     except AlreadyExists:
                         pass  # another namespace has it; this one gets its row below
-                    fresh = await self._content.settle(self, digest, length, kept)
+                    fresh = await self._content.settle(self, digest, length, kept, durable)
             else:
                 length, digest = self._check_shared(size, expected)
                 async with self._content.digests.hold(digest):
-                    fresh = await self._content.settle(self, digest, length, kept)
+                    fresh = await self._content.settle(self, digest, length, kept, durable)
         finally:
             await self.close()
         self._digest = digest
@@ -240,9 +247,9 @@ class ContentWriter:
         if blob is None or self._closed:
             raise FailedPrecondition(f"ingest {self.ref}: the writer is closed", kind="ingest", key=self.ref)
         if size and size != blob.size:
-            raise FailedPrecondition(f"{self.ref!r} failed size validation: {blob.size} != {size}", key=self.ref)
+            raise FailedPrecondition(f'"{self.ref}" failed size validation: {blob.size} != {size}', key=self.ref)
         if expected and expected != blob.digest:
-            raise FailedPrecondition(f"{self.ref!r} unexpected digest", kind="ingest", key=self.ref)
+            raise FailedPrecondition(f'"{self.ref}" unexpected digest', kind="ingest", key=self.ref)
         return blob.size, blob.digest
 
     def ids(self) -> tuple[str, str | None]:
@@ -300,7 +307,7 @@ class Content:
             if row is None:
                 raise NotFound(f"content {info.digest}: not found", kind="content", key=info.digest)
             current = _load(row)
-            labels = update_labels(current.labels, info.labels, fieldpaths, f"content info {info.digest!r}")
+            labels = update_labels(current.labels, info.labels, fieldpaths, f'content info "{info.digest}"')
             updated = replace(current, labels=checked_labels(labels, "info.labels"), updated_at=time.time())
             tx.execute(
                 "UPDATE blobs SET labels = ?, updated = ? WHERE namespace = ? AND digest = ?",
@@ -454,7 +461,9 @@ class Content:
 
         return await self._engine.write(work, durable=False)
 
-    async def settle(self, writer: ContentWriter, digest: str, size: int, labels: Mapping[str, str]) -> bool:
+    async def settle(
+        self, writer: ContentWriter, digest: str, size: int, labels: Mapping[str, str], durable: bool
+    ) -> bool:
         """Record a committed blob and forget its ingest; False when the namespace had it. The digest is held."""
         namespace, lease = writer.ids()
         now = time.time()
@@ -472,7 +481,7 @@ class Content:
                 tx.event(namespace, "/content/create", events_pb2.ContentCreate(digest=digest, size=size))
             return bool(fresh)
 
-        return await self._engine.write(work)
+        return await self._engine.write(work, durable=durable)
 
     async def status(self, namespace: str, ref: str) -> IngestStatus:
         """NotFound."""

@@ -38,7 +38,7 @@ def _checked(image: Image) -> Image:
         raise InvalidArgument("image name must not be empty", kind="image")
     labels = checked_labels(image.labels, "image.labels")
     if not is_digest(image.target.digest):
-        raise InvalidArgument(f"target.digest {image.target.digest!r} invalid", kind="image", key=image.name)
+        raise InvalidArgument(f'target.digest "{image.target.digest}" invalid', kind="image", key=image.name)
     if image.target.size <= 0:
         raise InvalidArgument("target.size must be greater than zero", kind="image", key=image.name)
     if not image.target.media_type:
@@ -58,7 +58,7 @@ class Images:
         """NotFound."""
         row = self._engine.row(f"SELECT {_COLUMNS} FROM images WHERE namespace = ? AND name = ?", (namespace, name))
         if row is None:
-            raise NotFound(f"image {name!r}: not found", kind="image", key=name)
+            raise NotFound(f'image "{name}": not found', kind="image", key=name)
         return _load(row)
 
     async def list(self, namespace: str, filter_texts: Sequence[str] = ()) -> list[Image]:
@@ -82,7 +82,7 @@ class Images:
             hold_image(tx, namespace, lease, stored)
             marks = ", ".join("?" * len(values))
             if not tx.execute(f"INSERT OR IGNORE INTO images (namespace, {_COLUMNS}) VALUES ({marks})", values):
-                raise AlreadyExists(f"image {image.name!r}: already exists", kind="image", key=image.name)
+                raise AlreadyExists(f'image "{image.name}": already exists', kind="image", key=image.name)
             tx.event(namespace, "/images/create", images_pb2.ImageCreate(name=stored.name, labels=stored.labels))
             return stored
 
@@ -99,7 +99,7 @@ class Images:
         def work(tx: Transaction) -> Image:
             row = tx.row(f"SELECT {_COLUMNS} FROM images WHERE namespace = ? AND name = ?", (namespace, image.name))
             if row is None:
-                raise NotFound(f"image {image.name!r}: not found", kind="image", key=image.name)
+                raise NotFound(f'image "{image.name}": not found', kind="image", key=image.name)
             current = _load(row)
             updated = replace(
                 _checked(_apply(current, image, fieldpaths)),
@@ -126,9 +126,9 @@ class Images:
         def work(tx: Transaction) -> None:
             row = tx.row("SELECT digest FROM images WHERE namespace = ? AND name = ?", (namespace, name))
             if row is None:
-                raise NotFound(f"image {name!r}: not found", kind="image", key=name)
+                raise NotFound(f'image "{name}": not found', kind="image", key=name)
             if target_digest and row[0] != target_digest:
-                raise NotFound(f"image {name!r} has target {row[0]}, not {target_digest}", kind="image", key=name)
+                raise NotFound(f'image "{name}" has target {row[0]}, not {target_digest}', kind="image", key=name)
             release_resource(tx, namespace, lease, "images", name)
             tx.execute("DELETE FROM images WHERE namespace = ? AND name = ?", (namespace, name))
             tx.dirty = True
@@ -157,5 +157,5 @@ def _apply(current: Image, wanted: Image, fieldpaths: Sequence[str]) -> Image:
         elif path == "annotations":
             target = replace(target, annotations=wanted.target.annotations)
         else:
-            raise InvalidArgument(f"cannot update {path!r} field on image {current.name!r}", key=current.name)
+            raise InvalidArgument(f'cannot update "{path}" field on image "{current.name}"', key=current.name)
     return replace(current, labels=labels, target=target)

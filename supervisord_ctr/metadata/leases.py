@@ -19,7 +19,7 @@ def hold_resource(tx: Transaction, namespace: str, lease: str | None, type: str,
     if not lease:
         return False
     if tx.row("SELECT 1 FROM leases WHERE namespace = ? AND id = ?", (namespace, lease)) is None:
-        raise NotFound(f"lease {lease!r} does not exist", kind="lease", key=lease)
+        raise NotFound(f'lease "{lease}" does not exist', kind="lease", key=lease)
     tx.execute("INSERT OR IGNORE INTO lease_resources VALUES (?, ?, ?, ?)", (namespace, lease, type, id))
     return True
 
@@ -73,7 +73,7 @@ class Leases:
             ensure_namespace(tx, namespace)
             values = (namespace, chosen, created, dump_map(kept))
             if not tx.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?, ?)", values):
-                raise AlreadyExists(f"lease {chosen!r}: already exists", kind="lease", key=chosen)
+                raise AlreadyExists(f'lease "{chosen}": already exists', kind="lease", key=chosen)
             return Lease(chosen, created, kept)
 
         return await self._engine.write(work)
@@ -82,7 +82,7 @@ class Leases:
         """NotFound."""
         row = self._engine.row("SELECT created, labels FROM leases WHERE namespace = ? AND id = ?", (namespace, id))
         if row is None:
-            raise NotFound(f"lease {id!r}: not found", kind="lease", key=id)
+            raise NotFound(f'lease "{id}": not found', kind="lease", key=id)
         return Lease(id, row[0], load_map(row[1]))
 
     async def delete(self, namespace: str, id: str, *, sync: bool = False) -> None:  # noqa: A002
@@ -90,7 +90,7 @@ class Leases:
 
         def work(tx: Transaction) -> None:
             if not tx.execute("DELETE FROM leases WHERE namespace = ? AND id = ?", (namespace, id)):
-                raise NotFound(f"lease {id!r}: not found", kind="lease", key=id)
+                raise NotFound(f'lease "{id}": not found', kind="lease", key=id)
             tx.execute("DELETE FROM lease_resources WHERE namespace = ? AND lease = ?", (namespace, id))
             tx.dirty = True
 
@@ -141,4 +141,4 @@ class Leases:
     @staticmethod
     def _require(tx: Transaction, namespace: str, id: str) -> None:  # noqa: A002
         if tx.row("SELECT 1 FROM leases WHERE namespace = ? AND id = ?", (namespace, id)) is None:
-            raise NotFound(f"lease {id!r}: not found", kind="lease", key=id)
+            raise NotFound(f'lease "{id}": not found', kind="lease", key=id)

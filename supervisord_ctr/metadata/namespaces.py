@@ -45,7 +45,7 @@ class Namespaces:
         def work(tx: Transaction) -> Namespace:
             changed = tx.execute("INSERT OR IGNORE INTO namespaces VALUES (?, ?)", (name, dump_map(kept)))
             if not changed:
-                raise AlreadyExists(f"namespace {name!r}: already exists", kind="namespace", key=name)
+                raise AlreadyExists(f'namespace "{name}": already exists', kind="namespace", key=name)
             tx.event(name, "/namespaces/create", events_pb2.NamespaceCreate(name=name, labels=kept))
             return Namespace(name, kept)
 
@@ -59,7 +59,7 @@ class Namespaces:
         check_namespace(name)
         for path in fieldpaths:
             if not path.startswith("labels."):
-                raise InvalidArgument(f"cannot update {path!r} field", kind="namespace", key=name)
+                raise InvalidArgument(f'cannot update "{path}" field', kind="namespace", key=name)
         for key, value in labels.items():
             check_label(key, value)
 
@@ -97,7 +97,7 @@ class Namespaces:
                     f"namespace {name!r} must be empty, but it still has {', '.join(held)}", kind="namespace", key=name
                 )
             if not tx.execute("DELETE FROM namespaces WHERE name = ?", (name,)):
-                raise NotFound(f"namespace {name!r}: not found", kind="namespace", key=name)
+                raise NotFound(f'namespace "{name}": not found', kind="namespace", key=name)
             for table in _GOING:
                 tx.execute(f"DELETE FROM {table} WHERE namespace = ?", (name,))
             tx.dirty = True

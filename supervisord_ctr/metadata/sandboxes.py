@@ -51,7 +51,7 @@ class Sandboxes:
         """NotFound."""
         row = self._engine.row(f"SELECT {_COLUMNS} FROM sandboxes WHERE namespace = ? AND id = ?", (namespace, id))
         if row is None:
-            raise NotFound(f"sandbox {id!r}: not found", kind="sandbox", key=id)
+            raise NotFound(f'sandbox "{id}": not found', kind="sandbox", key=id)
         return _load(row)
 
     async def list(self, namespace: str, filter_texts: Sequence[str] = ()) -> list[Sandbox]:
@@ -72,7 +72,7 @@ class Sandboxes:
             ensure_namespace(tx, namespace)
             marks = ", ".join("?" * len(values))
             if not tx.execute(f"INSERT OR IGNORE INTO sandboxes (namespace, {_COLUMNS}) VALUES ({marks})", values):
-                raise AlreadyExists(f"sandbox {sandbox.id!r}: already exists", kind="sandbox", key=sandbox.id)
+                raise AlreadyExists(f'sandbox "{sandbox.id}": already exists', kind="sandbox", key=sandbox.id)
             return stored
 
         return await self._engine.write(work)
@@ -88,7 +88,7 @@ class Sandboxes:
                 f"SELECT {_COLUMNS} FROM sandboxes WHERE namespace = ? AND id = ?", (namespace, sandbox.id)
             )
             if row is None:
-                raise NotFound(f"sandbox {sandbox.id!r}: not found", kind="sandbox", key=sandbox.id)
+                raise NotFound(f'sandbox "{sandbox.id}": not found', kind="sandbox", key=sandbox.id)
             updated = replace(_apply(_load(row), sandbox, fields), updated_at=time.time())
             values = (namespace, *_dump(updated))
             marks = ", ".join("?" * len(values))
@@ -103,7 +103,7 @@ class Sandboxes:
 
         def work(tx: Transaction) -> None:
             if not tx.execute("DELETE FROM sandboxes WHERE namespace = ? AND id = ?", (namespace, id)):
-                raise NotFound(f"failed to delete sandbox {id!r}: not found", kind="sandbox", key=id)
+                raise NotFound(f'failed to delete sandbox "{id}": not found', kind="sandbox", key=id)
             tx.dirty = True
 
         await self._engine.write(work)
@@ -135,6 +135,6 @@ def _apply(current: Sandbox, wanted: Sandbox, fields: Sequence[str]) -> Sandbox:
         elif path == "spec":
             spec = wanted.spec
         else:
-            raise InvalidArgument(f"cannot update {path!r} field on sandbox {current.id!r}", key=current.id)
+            raise InvalidArgument(f'cannot update "{path}" field on sandbox "{current.id}"', key=current.id)
     labels = {key: value for key, value in labels.items() if value}
     return replace(current, labels=labels, extensions=extensions, spec=spec, runtime=runtime)

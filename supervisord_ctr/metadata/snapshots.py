@@ -89,7 +89,7 @@ class NamespacedSnapshotter:
             (namespace, self.name, key),
         )
         if row is None:
-            raise NotFound(f"snapshot {key} does not exist", kind="snapshot", key=key)
+            raise NotFound(f"snapshot {key} does not exist: not found", kind="snapshot", key=key)
         return row
 
     async def stat(self, namespace: str, key: str) -> SnapshotInfo:
@@ -109,7 +109,11 @@ class NamespacedSnapshotter:
 
     async def mounts(self, namespace: str, key: str) -> tuple[Mount, ...]:
         """NotFound; FailedPrecondition for a committed one."""
-        return await self.backend.mounts(self._row(namespace, key)[1])
+        backend = self._row(namespace, key)[1]
+        try:
+            return await self.backend.mounts(backend)
+        except FailedPrecondition as error:
+            raise FailedPrecondition(error.message.replace(backend, key), kind="snapshot", key=key) from None
 
     async def upper_dir(self, namespace: str, key: str) -> Path | None:
         """See `Snapshotter.upper_dir`."""
@@ -146,9 +150,9 @@ class NamespacedSnapshotter:
         def work(tx: Transaction) -> Row:
             row = _select(tx, namespace, self.name, info.name)
             if row is None:
-                raise NotFound(f"snapshot {info.name} does not exist", kind="snapshot", key=info.name)
+                raise NotFound(f"snapshot {info.name} does not exist: not found", kind="snapshot", key=info.name)
             labels = checked_labels(
-                update_labels(load_map(row[5]), info.labels, fieldpaths, f"snapshot {info.name!r}"), "info.labels"
+                update_labels(load_map(row[5]), info.labels, fieldpaths, f'snapshot "{info.name}"'), "info.labels"
             )
             now = time.time()
             tx.execute(
@@ -210,7 +214,7 @@ class NamespacedSnapshotter:
             finally:
                 self.pending.discard(bkey)
         if found is not None:
-            raise AlreadyExists(f"target snapshot {target!r} from snapshotter", kind="snapshot", key=target)
+            raise AlreadyExists(f'target snapshot "{target}" from snapshotter', kind="snapshot", key=target)
         return mounts
 
     async def _undo(self, bkey: str) -> None:
@@ -234,14 +238,14 @@ class NamespacedSnapshotter:
             if parent:
                 row = _select(tx, namespace, self.name, parent)
                 if row is None:
-                    raise NotFound(f"parent snapshot {parent} does not exist", kind="snapshot", key=parent)
+                    raise NotFound(f"parent snapshot {parent} does not exist: not found", kind="snapshot", key=parent)
                 bparent = row[1]
             return f"{namespace}/{tx.sequence()}/{key}", bparent, ""
 
         bkey, bparent, existing = await self._engine.write(work, durable=False)
         if existing:
             word = "target snapshot" if existing == target else "snapshot"
-            raise AlreadyExists(f"{word} {existing!r}: already exists", kind="snapshot", key=existing)
+            raise AlreadyExists(f'{word} "{existing}": already exists', kind="snapshot", key=existing)
         return bkey, bparent
 
     async def _target_row(self, target: str, parent: str, bparent: str, labels: Mapping[str, str]) -> Row:
@@ -254,7 +258,7 @@ class NamespacedSnapshotter:
             ):
                 merged = {**info.labels, **labels}
                 return (target, info.name, parent or None, info.created_at, info.updated_at, dump_map(merged))
-        raise NotFound(f"target snapshot {target!r} in backend: not found", kind="snapshot", key=target)
+        raise NotFound(f'target snapshot "{target}" in backend: not found', kind="snapshot", key=target)
 
     async def _record(self, namespace: str, row: Row, bparent: str, lease: str | None, *, view: bool) -> None:
         key, _, parent = row[:3]
@@ -264,7 +268,7 @@ class NamespacedSnapshotter:
             if parent:
                 above = _select(tx, namespace, self.name, parent)
                 if above is None:
-                    raise NotFound(f"parent snapshot {parent} does not exist", kind="snapshot", key=parent)
+                    raise NotFound(f"parent snapshot {parent} does not exist: not found", kind="snapshot", key=parent)
                 if above[1] != bparent:
                     raise InvalidArgument(f"mismatched parent {parent} of {key}", kind="snapshot", key=key)
             _insert(tx, namespace, self.name, row)
@@ -278,15 +282,19 @@ class NamespacedSnapshotter:
 
     async def commit(
         self, namespace: str, name: str, key: str, labels: Mapping[str, str] | None = None, *,
-        parent: str | None = None, lease: str | None = None,
+        parent: str | None = None, lease: str | None = None, durable: bool = True,
     ) -> None:
-        """See `Snapshotter.commit`; a name that exists joins the lease."""
+        """See `Snapshotter.commit`; a name that exists joins the lease.
+
+        With `durable=False` the record waits for the next durable mutation.
+        """
         kept = checked_labels(labels, "info.labels")
-        work = self._commit(namespace, name, key, kept, parent or "", lease)
+        work = self._commit(namespace, name, key, kept, parent or "", lease, durable)
         await shielded(self._owner, work, f"commit {key}")
 
     async def _commit(
-        self, namespace: str, name: str, key: str, labels: dict[str, str], parent: str, lease: str | None
+        self, namespace: str, name: str, key: str, labels: dict[str, str], parent: str, lease: str | None,
+        durable: bool,
     ) -> None:
         async with self._locks.hold((namespace, key)), self._locks.hold((namespace, name, "commit")):
             intent = await self._intend(namespace, name, key, labels, parent, lease)
@@ -296,7 +304,7 @@ class NamespacedSnapshotter:
                 await self.backend.commit(
                     intent["bname"], intent["bkey"], inherited(labels), parent=intent["rebase"] or None
                 )
-                await self._finish_commit(namespace, key, intent, lease)
+                await self._finish_commit(namespace, key, intent, lease, durable)
             finally:
                 self.pending.discard(intent["bname"])
 
@@ -311,7 +319,7 @@ class NamespacedSnapshotter:
                 return None
             row = _select(tx, namespace, self.name, key)
             if row is None:
-                raise NotFound(f"snapshot {key} does not exist", kind="snapshot", key=key)
+                raise NotFound(f"snapshot {key} does not exist: not found", kind="snapshot", key=key)
             below = row[2] or parent
             intent = {
                 "name": name, "bname": f"{namespace}/{tx.sequence()}/{name}", "bkey": row[1],
@@ -320,7 +328,7 @@ class NamespacedSnapshotter:
             if below:
                 above = _select(tx, namespace, self.name, below)
                 if above is None:
-                    raise NotFound(f"parent snapshot {below} does not exist", kind="snapshot", key=below)
+                    raise NotFound(f"parent snapshot {below} does not exist: not found", kind="snapshot", key=below)
                 if not row[2]:
                     intent["rebase"] = above[1]
             tx.execute(
@@ -331,10 +339,12 @@ class NamespacedSnapshotter:
 
         intent = await self._engine.write(work, durable=False)
         if intent is None:
-            raise AlreadyExists(f"snapshot {name!r}: already exists", kind="snapshot", key=name)
+            raise AlreadyExists(f'snapshot "{name}": already exists', kind="snapshot", key=name)
         return intent
 
-    async def _finish_commit(self, namespace: str, key: str, intent: Mapping[str, str], lease: str | None) -> None:
+    async def _finish_commit(
+        self, namespace: str, key: str, intent: Mapping[str, str], lease: str | None, durable: bool = True
+    ) -> None:
         now = time.time()
 
         def work(tx: Transaction) -> None:
@@ -351,7 +361,7 @@ class NamespacedSnapshotter:
                 namespace, "/snapshot/commit", events_pb2.SnapshotCommit(key=key, name=name, snapshotter=self.name)
             )
 
-        await self._engine.write(work)
+        await self._engine.write(work, durable=durable)
 
     async def recover(self, *, adopt: bool = False) -> None:
         """Finish or forget the commits that a crash interrupted. Called once, before anything else.
@@ -415,7 +425,7 @@ class NamespacedSnapshotter:
 
         def work(tx: Transaction) -> None:
             if _select(tx, namespace, self.name, key) is None:
-                raise NotFound(f"snapshot {key} does not exist", kind="snapshot", key=key)
+                raise NotFound(f"snapshot {key} does not exist: not found", kind="snapshot", key=key)
             child = tx.row(
                 "SELECT key FROM snapshots WHERE namespace = ? AND snapshotter = ? AND parent = ? LIMIT 1",
                 (namespace, self.name, key),
@@ -483,4 +493,4 @@ def _insert(tx: Transaction, namespace: str, snapshotter: str, row: Row) -> None
         "INSERT OR IGNORE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", (namespace, snapshotter, *row)
     )
     if not changed:
-        raise AlreadyExists(f"snapshot {row[0]!r}: already exists", kind="snapshot", key=row[0])
+        raise AlreadyExists(f'snapshot "{row[0]}": already exists', kind="snapshot", key=row[0])

@@ -27,7 +27,7 @@ class CriRecords:
         """NotFound."""
         row = self._engine.row("SELECT value FROM cri_records WHERE kind = ? AND id = ?", (kind, id))
         if row is None:
-            raise NotFound(f"{kind} {id!r}: not found", kind=kind, key=id)
+            raise NotFound(f'{kind} "{id}": not found', kind=kind, key=id)
         return bytes(row[0])
 
     async def list(self, kind: str) -> list[tuple[str, bytes]]:
@@ -107,7 +107,7 @@ class Activations:
         def work(tx: Transaction) -> None:
             ensure_namespace(tx, namespace)
             if not tx.execute("INSERT OR IGNORE INTO activations VALUES (?, ?, ?)", (namespace, name, value)):
-                raise AlreadyExists(f"mount {name!r}: already exists", kind="mount", key=name)
+                raise AlreadyExists(f'mount "{name}": already exists', kind="mount", key=name)
 
         await self._engine.write(work)
 
@@ -115,7 +115,7 @@ class Activations:
         """NotFound."""
         row = self._engine.row("SELECT value FROM activations WHERE namespace = ? AND name = ?", (namespace, name))
         if row is None:
-            raise NotFound(f"mount {name!r}: not found", kind="mount", key=name)
+            raise NotFound(f'mount "{name}": not found', kind="mount", key=name)
         return str(row[0])
 
     async def list(self, namespace: str = "") -> list[tuple[str, str, str]]:
@@ -135,7 +135,7 @@ class Activations:
             if not tx.execute(
                 "UPDATE activations SET value = ? WHERE namespace = ? AND name = ?", (value, namespace, name)
             ):
-                raise NotFound(f"mount {name!r}: not found", kind="mount", key=name)
+                raise NotFound(f'mount "{name}": not found', kind="mount", key=name)
 
         await self._engine.write(work)
 
@@ -144,6 +144,6 @@ class Activations:
 
         def work(tx: Transaction) -> None:
             if not tx.execute("DELETE FROM activations WHERE namespace = ? AND name = ?", (namespace, name)):
-                raise NotFound(f"mount {name!r}: not found", kind="mount", key=name)
+                raise NotFound(f'mount "{name}": not found', kind="mount", key=name)
 
         await self._engine.write(work)
