@@ -239,6 +239,8 @@ def parts(settings: Settings, root: Path, database: Database) -> list[Part]:
     for name, snapshotter in database.snapshotters.items():
         found.append(Part("io.containerd.snapshotter.v1", name, {"root": str(root / "snapshots" / name)},
                           sorted(snapshotter.capabilities), host_platform()))
+    for name, reason in database.unavailable.items():
+        found.append(Part("io.containerd.snapshotter.v1", name, error=reason))
     found.append(Part("io.containerd.metadata.v1", "sqlite", {"path": str(root / "metadata.db")}))
     found.append(Part("io.containerd.gc.v1", "scheduler", info=collector_info(database.gc)))
     found.append(Part("io.containerd.runtime.v2", "task", platform=host_platform()))

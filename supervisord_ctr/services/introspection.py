@@ -21,7 +21,7 @@ from supervisord_ctr import durable, filters
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2 as pb
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.errors import InvalidArgument, NotFound, Unimplemented
+from supervisord_ctr.errors import Code, InvalidArgument, NotFound, Unimplemented
 from supervisord_ctr.metadata import Collector, GcReport
 from supervisord_ctr.model import Platform
 from supervisord_ctr.rpc import Context
@@ -40,6 +40,8 @@ class Part:
     exports: Mapping[str, str] = field(default_factory=dict)
     capabilities: Sequence[str] = ()
     platform: Platform | None = None
+    #: Why the part could not be loaded; empty when it was.
+    error: str = ""
     #: Answers `PluginInfo` with options (a Struct each way); None for a part that has nothing to add.
     info: Info | None = None
 
@@ -81,8 +83,11 @@ def _adapt(part: Part) -> filters.Adaptor:
 
 def _message(part: Part) -> pb.Plugin:
     platforms: list[types_pb2.Platform] = [] if part.platform is None else [platform_to_message(part.platform)]
-    return pb.Plugin(type=part.type, id=part.id, exports=dict(part.exports), capabilities=part.capabilities,
-                     platforms=platforms)
+    message = pb.Plugin(type=part.type, id=part.id, exports=dict(part.exports), capabilities=part.capabilities,
+                        platforms=platforms)
+    if part.error:
+        message.init_err.code, message.init_err.message = int(Code.UNKNOWN), part.error
+    return message
 
 
 def server_uuid(root: Path) -> str:
