@@ -50,6 +50,7 @@ class IngestWriter:
         self._hash = hashlib.new(self._algorithm)
         self._fd = -1
         self._digest = ""
+        self._synced = -1
         if not self._resume():
             self._begin()
 
@@ -112,6 +113,7 @@ class IngestWriter:
         if not 0 <= size <= self.offset:
             raise OutOfRange(f"ingest {self.ref}: cannot truncate {self.offset} bytes to {size}", key=self.ref)
         os.ftruncate(fd, size)
+        self._synced = -1
         os.lseek(fd, 0, os.SEEK_SET)
         self._hash = hashlib.new(self._algorithm)
         self.offset = 0
@@ -134,12 +136,10 @@ class IngestWriter:
         the ingest stays. AlreadyExists when the blob exists: the ingest is gone then, and the blob is
         good to use.
         """
-        fd = self._open_fd()
+        self._open_fd()
         try:
             digest = self._digest = self._settle(size, expected)
-            os.fchmod(fd, 0o444)
-            if self._store.sync:
-                os.fsync(fd)
+            self._sync()
             faults.point(SYNCED)
             placed = self._store.place(self._path / "data", digest, self.offset)
             faults.point(RENAMED)
@@ -157,9 +157,17 @@ class IngestWriter:
     def settle(self, size: int = 0, expected: str = "") -> str:
         """What `commit` would check, without committing: the digest, or its errors; the data are on disk afterwards."""
         digest = self._settle(size, expected)
-        if self._store.sync:
-            os.fdatasync(self._open_fd())
+        self._sync()
         return digest
+
+    def _sync(self) -> None:
+        """Data, size and mode to disk in one go, once: the mode first, or the commit would dirty the inode again."""
+        fd = self._open_fd()
+        if self._synced != self.offset:
+            os.fchmod(fd, 0o444)
+            if self._store.sync:
+                os.fsync(fd)
+            self._synced = self.offset
 
     def _settle(self, size: int, expected: str) -> str:
         if size and size != self.offset:

@@ -107,7 +107,7 @@ class BlobFetcher:
                 faults.point(COMPLETED)
                 await self._settled(writer, descriptor, follower)
             with contextlib.suppress(AlreadyExists):
-                await writer.commit(descriptor.size, descriptor.digest, labels)
+                await writer.commit(descriptor.size, descriptor.digest, labels, durable=False)
         finally:
             await writer.close()
         self._tracker.finish(descriptor, COMPLETE)

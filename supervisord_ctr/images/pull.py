@@ -33,7 +33,7 @@ from supervisord_ctr.images.http import Http
 from supervisord_ctr.images.progress import EXISTS, Progress, ProgressSink, Tracker
 from supervisord_ctr.images.registry import Registry
 from supervisord_ctr.images.unpack import ImageUnpacker, LayerFollower
-from supervisord_ctr.model import Descriptor, Image, Platform
+from supervisord_ctr.model import Descriptor, Image, LeaseResource, Platform
 from supervisord_ctr.names import LABEL_DISTRIBUTION_SOURCE, LABEL_GC_EXPIRE, LABEL_GC_REF_SNAPSHOT
 
 if TYPE_CHECKING:
@@ -238,7 +238,12 @@ class Puller:
             except BaseExceptionGroup as error:
                 raise first_error(error) from None
             await self.tie_snapshot(namespace, found.config, unpacker)
+            await self.settle(namespace, name, found.config)
         return config
+
+    async def settle(self, namespace: str, lease: str, descriptor: Descriptor) -> None:
+        """Make everything so far durable: layers and blobs are recorded without waiting for the disk each time."""
+        await self.database.leases.add_resource(namespace, lease, LeaseResource("content", descriptor.digest))
 
     async def unpack_fitting(
         self, namespace: str, target: Descriptor, snapshotter: str, platform: Platform, lease: str
@@ -354,6 +359,8 @@ class _Pull:
         if self._request.store:
             image = await store_image(self._database, self._namespace, image)
             self._tracker.say("saved", image.target, image.name)
+        else:
+            await self._puller.settle(self._namespace, self._lease, target)
         self._tracker.say(f"Completed pull from {origin}")
         return image
 
@@ -395,7 +402,7 @@ class _Pull:
                         await writer.truncate(0)
                         await writer.write(data)
                     with contextlib.suppress(AlreadyExists):
-                        await writer.commit(len(data), descriptor.digest, labels)
+                        await writer.commit(len(data), descriptor.digest, labels, durable=False)
                 finally:
                     await writer.close()
                 self._tracker.finish(descriptor)

@@ -5,9 +5,9 @@ snapshotter can commit a layer onto a parent afterwards) or one after another, a
 order. Nothing is committed before the layer's diff ID was compared with the image's configuration; a
 layer that fails leaves no snapshot.
 
-What survives a power cut: a committed snapshot's record and every blob are on disk when the pull
-returns. The unpacked files are on their way there, as the file system writes them back; `sync=True`
-waits for them before each commit.
+What survives a power cut: when the pull returns, every blob and every record is on disk (layers are
+recorded without waiting, the image's own record then syncs them all). The unpacked files are on their
+way there, as the file system writes them back; `sync=True` waits for them before each commit.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class ImageUnpacker:
             await self.snapshots.account(self.namespace, key, Usage(*applied.usage))
         await self.snapshots.commit(
             self.namespace, self.chain[index], key, {LABEL_SNAPSHOT_REF: self.chain[index]},
-            parent=self.parent(index) or None, lease=self.lease,
+            parent=self.parent(index) or None, lease=self.lease, durable=False,
         )
         self._gone.add(key)
         self.done(index)
