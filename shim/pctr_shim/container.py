@@ -11,6 +11,7 @@ Owns the bundle's files, the OCI runtime to use, out-of-memory counting and thes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -74,7 +75,7 @@ class Container:
         root = options.root or config.runtime_root
         self.runtime = Runtime.find(
             options.binary_name or config.runtime, os.path.join(root, config.namespace), options.systemd_cgroup,
-            {**os.environ, **config.env},
+            dict(os.environ),
         )
 
     def path(self, name: str) -> str:
@@ -244,6 +245,9 @@ class Container:
 
     def _end_init(self) -> None:
         """The container's own process is gone: end the others, then tell (last)."""
+        if self.init.status in (TaskStatus.PAUSED, TaskStatus.PAUSING) and self.init.cgroup is not None:
+            with contextlib.suppress(OSError):
+                self.init.cgroup.set_frozen(False)  # what is frozen cannot end
         if not self._own_pid_namespace and self.init.cgroup is not None:
             try:
                 self.init.cgroup.signal_all(9)

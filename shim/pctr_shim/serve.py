@@ -1,7 +1,7 @@
 """The shim's main: a loop, a socket, the services, and an orderly end.
 
 Runs in a process of its own, which the zygote or `__main__` has made: this module turns it into a shim
-(subreaper, name, working directory) and returns when it is done.
+(subreaper, name, working directory, environment) and returns when it is done.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from supervisord_ctr.ttrpc.server import Server
 log = logging.getLogger(__name__)
 
 _FAREWELL = 2.0
+#: What a service manager told the daemon: an OCI runtime that saw it would take it for the container's.
+_NOT_OURS = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 def run(config: ShimConfig, listener: socket.socket) -> None:
     """Serve until a Shutdown finds nothing left to serve. Never returns an error: it logs it."""
     processes.set_name("pctr-shim")
     processes.set_child_subreaper()
-    os.chdir(config.bundle)
+    os.chdir("/")  # bundles come and go
+    os.environ.update(config.env)
     os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    for name in _NOT_OURS:
+        os.environ.pop(name, None)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     try:

@@ -69,6 +69,14 @@ class PipeSink:
         self._writer.close()
 
 
+class TerminalSink(PipeSink):
+    """A terminal's input. Its end is told the way a terminal tells it, since nothing can be closed."""
+
+    def flush(self) -> None:
+        """Type the end-of-transmission character."""
+        self.write(b"\x04")
+
+
 class FileSink:
     """A file that is appended to; a full disk drops bytes and never holds up the container."""
 

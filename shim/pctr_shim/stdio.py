@@ -38,7 +38,7 @@ from pctr_shim.crilog import CriLogSink, LogAddress, LogFile
 from pctr_shim.fdio import Pump, Sink
 from pctr_shim.logger import BinaryLogger
 from pctr_shim.reaper import Reaper
-from pctr_shim.sinks import FileSink, NullSink, PipeSink, is_fifo, open_fifo_for_output
+from pctr_shim.sinks import FileSink, NullSink, PipeSink, TerminalSink, is_fifo, open_fifo_for_output
 from supervisord_ctr import errors
 from supervisord_ctr.model import Exit
 
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 QUIET = 0.1
 STALLED = 2.0
 DRAIN_LIMIT = 10.0
+_PIPE_SIZE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ class ProcessIO:
             elif address:
                 reader, writer = os.pipe2(os.O_CLOEXEC)
                 os.set_blocking(reader, False)
+                _widen(reader)
                 self.descriptors[number] = writer
                 self._chown(writer)
                 self._pump_output(reader, number, self._sink(address, number), pipe=True)
@@ -178,7 +180,7 @@ class ProcessIO:
         os.set_blocking(master, False)
         self._master = master
         if self.addresses.stdin:
-            self._input = PipeSink(os.dup(master))
+            self._input = TerminalSink(os.dup(master))
         if self._logger is not None:
             target = os.dup(self._logger.writers[0])
             os.set_blocking(target, False)
@@ -319,6 +321,12 @@ class ProcessIO:
         self._keepalive = self._master = -1
         if self._logger is not None:
             await self._logger.close()
+
+
+def _widen(pipe: int) -> None:
+    """Let more output wait in the pipe: fewer wake-ups. The kernel may refuse when a user has many."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
 
 def _scheme(address: str) -> str:

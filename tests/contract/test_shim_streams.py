@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import stat
 import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
@@ -39,6 +40,9 @@ async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
     """A laboratory of forked shims."""
     async with laboratory("zygote", zygote) as made:
         yield made
+        for client in AttachedClient.opened:
+            await client.close()
+        AttachedClient.opened.clear()
 
 
 def parse_log(path: Path) -> list[tuple[bytes, bytes, bytes]]:
@@ -54,9 +58,17 @@ def parse_log(path: Path) -> list[tuple[bytes, bytes, bytes]]:
 class AttachedClient:
     """A client of attach.sock."""
 
+    opened: ClassVar[list[AttachedClient]] = []
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.opened.append(self)
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
 
     @classmethod
     async def connect(cls, bundle: Path, **wanted: Any) -> AttachedClient:
@@ -73,6 +85,13 @@ class AttachedClient:
             return channel, await asyncio.wait_for(self.reader.readexactly(length), PATIENCE)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+
+    async def until(self, text: bytes) -> None:
+        data = b""
+        while text not in data:
+            frame = await self.frame()
+            assert frame is not None
+            data += frame[1]
 
     async def rest(self) -> tuple[dict[int, bytes], list[dict[str, Any]]]:
         streams: dict[int, bytes] = {}
@@ -204,6 +223,8 @@ async def test_attaching_to_nobody_and_nonsense(lab: Lab) -> None:
     writer.write(os.urandom(70000).replace(b"\n", b" "))
     await asyncio.wait_for(reader.read(), PATIENCE)
     writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
     await lab.finish(shim, "c")
 
 
@@ -345,4 +366,33 @@ async def test_s3_init_and_execs_have_their_three_descriptors_only(lab: Lab) -> 
             lambda pid=pid: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"), PATIENCE, "the program"
         )
         assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"]
+    await lab.finish(shim, "c")
+
+
+async def test_the_end_of_a_terminals_input_is_typed(lab: Lab) -> None:
+    lab.bundle("c", ["sh", "-c", "while read line; do echo got $line; done; exit 6"], terminal=True)
+    shim = await lab.launch("c")
+    await lab.create(shim, "c", terminal=True, stdin="attach://", stdout="attach://")
+    await shim.start("c")
+    client = await AttachedClient.connect(lab.folder / "b" / "c", id="c", stdin=True, stdout=True, stderr=False)
+    client.send(0, b"a line\n")
+    await client.until(b"got a line")
+    client.send(3, b'{"close_stdin": true}')
+    _, control = await client.rest()
+    assert control[-1]["exit"]["status"] == 6
+    await lab.finish(shim, "c")
+
+
+async def test_a_service_managers_words_stay_outside(lab: Lab) -> None:
+    assert lab.zygote is not None
+    lab.bundle("c", ["sleep", "1000"])
+    notifying = Zygote({"NOTIFY_SOCKET": str(lab.folder / "notify")})
+    lab.zygote = notifying
+    shim = await lab.launch("c")
+    notifying.close()
+    await lab.create(shim, "c")
+    await shim.start("c")
+    pid = (await shim.state("c")).pid
+    assert b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes()
+    assert "notify" not in Path(f"/proc/{pid}/mountinfo").read_text()
     await lab.finish(shim, "c")
