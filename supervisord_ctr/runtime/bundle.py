@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,7 @@ class Bundle:
 
     def delete(self) -> None:
         """Unmount the root file system and remove the folders; may be repeated after any failure."""
-        for folder in self.withdraw():
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_all(self.withdraw())
 
     def withdraw(self) -> list[str]:
         """Unmount and free the names at once; returns the folders that are left to remove.
@@ -156,6 +156,12 @@ class Bundle:
         except OSError as error:
             raise errors.from_os_error(error, f"remove bundle of task {self.id}") from error
         return left
+
+
+def remove_all(folders: Iterable[str]) -> None:
+    """Remove what `withdraw` left; what cannot be removed is swept by the next daemon."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_passable(folder: Path) -> None:

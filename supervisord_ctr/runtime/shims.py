@@ -20,7 +20,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 
 from supervisord_ctr import errors, faults
-from supervisord_ctr.aio import KeyedLock, TaskOwner, wait_until
+from supervisord_ctr.aio import Executors, KeyedLock, TaskOwner, wait_until
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.bootstrap.v1 import bootstrap_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
@@ -135,13 +135,15 @@ class Shims:
     """Every shim that this daemon is connected to, by address."""
 
     def __init__(
-        self, state: Path, zygote: Zygote, config: RuntimeConfig, owner: TaskOwner, *, grpc_address: str, events: str,
+        self, state: Path, zygote: Zygote, config: RuntimeConfig, owner: TaskOwner, executors: Executors, *,
+        grpc_address: str, events: str,
     ) -> None:
         #: Folder of our shims' sockets.
         self.sockets = state / "s"
         self._zygote = zygote
         self._config = config
         self._owner = owner
+        self._executors = executors
         self._grpc_address = grpc_address
         self._events = events
         self._oci_root = config.oci_root or str(state / "runc")
@@ -179,25 +181,34 @@ class Shims:
         """The shim for a task: the group's if there is one, else a new one. Its id joins `tasks`.
 
         `ready` is awaited before anything is written into the bundle: making it overlaps forking.
+        When this returns the bundle tells of the shim, so that the next daemon finds it.
         """
         binary = self.resolve(launch.runtime)
-        async with self._groups.hold((launch.bundle.namespace, launch.group or launch.bundle.id)):
-            shim = None if binary else self._of_group(launch.bundle.namespace, launch.group)
-            if shim is None:
+        bundle = launch.bundle
+        async with self._groups.hold((bundle.namespace, launch.group or bundle.id)):
+            shim = None if binary else self._of_group(bundle.namespace, launch.group)
+            if shim is not None:
+                if ready is not None:
+                    await ready
+                await self._executors.run_io(bundle.write_record, self._record_for(launch, shim.record))
+            else:
                 if binary and ready is not None:
                     await ready
                 record = await (self._start_program(launch, binary) if binary else self._fork(launch))
                 try:
                     if ready is not None:
                         await ready
-                    shim = await self.connect(launch.bundle, record)
+                    written = self._executors.run_io(bundle.write_record, self._record_for(launch, record))
+                    shim = (await asyncio.gather(self.connect(bundle, record), written))[0]
                 except BaseException:
-                    await self.dismiss(launch.bundle.namespace, socket_path(record.address))
+                    await self.dismiss(bundle.namespace, socket_path(record.address))
                     raise
-            elif ready is not None:
-                await ready
-            shim.tasks.add(launch.bundle.id)
+            shim.tasks.add(bundle.id)
         return shim
+
+    def _record_for(self, launch: Launch, record: Record) -> Record:
+        """What a bundle says of a shim that other bundles may tell of, too."""
+        return replace(record, runtime=launch.runtime or self._config.default, sandbox=False)
 
     def _of_group(self, namespace: str, group: str) -> Shim | None:
         if not group:

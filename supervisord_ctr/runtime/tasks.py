@@ -31,6 +31,7 @@ from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.linux import processes
 from supervisord_ctr.model import Container, Event, Exit, Mount, TypedValue
 from supervisord_ctr.names import check_identifier
+from supervisord_ctr.runtime import bundle as bundles
 from supervisord_ctr.runtime import recovery
 from supervisord_ctr.runtime.attach import AttachConnection
 from supervisord_ctr.runtime.bundle import Bundle, Record, make_passable
@@ -82,7 +83,7 @@ class Tasks:
         self._zygote = zygote
         events_path = state_dir / "ttrpc.sock"
         self.shims = Shims(
-            state_dir, zygote, self.config, self._owner, grpc_address=address, events=str(events_path)
+            state_dir, zygote, self.config, self._owner, executors, grpc_address=address, events=str(events_path)
         )
         self.shims.on_lost = self._shim_lost
         self.sandboxes = Sandboxes(self, state_dir, root_dir)
@@ -240,8 +241,7 @@ class Tasks:
             finally:
                 await asyncio.wait((making,))
             await making
-            task.record = replace(task.shim.record, runtime=runtime or self.config.default)
-            await self._executors.run_io(bundle.write_record, task.record)
+            task.record = replace(task.shim.record, runtime=runtime or self.config.default, sandbox=False)
             faults.point(_RECORDED)
             try:
                 task.pid = await task.shim.service.create(
@@ -275,8 +275,8 @@ class Tasks:
         if task.checkpoint is not None and task.checkpoint.parent == self.scratch:
             await self._executors.run_io(shutil.rmtree, task.checkpoint, ignore_errors=True)
         try:
-            for folder in await self._executors.run_io(task.bundle.withdraw):
-                self._owner.start(self._executors.run_io(shutil.rmtree, folder, ignore_errors=True), f"remove {folder}")
+            left = await self._executors.run_io(task.bundle.withdraw)
+            self._owner.start(self._executors.run_io(bundles.remove_all, left), f"remove {task.id}")
         except errors.Error as error:
             log.error("task %s in %s: %s", task.id, task.namespace, error)
         if self._tasks.get((task.namespace, task.id)) is task:
