@@ -396,10 +396,7 @@ class Collector:
         run_io = self._executors.run_io
         local = self._content.local
         removed = []
-        on_disk = [info.digest for info in await run_io(lambda: list(local.walk()))]
-        for digest in on_disk:
-            if self._refers(digest):
-                continue
+        for digest in await run_io(self._strays):
             # Whoever finds this blob meanwhile holds its lock until the row is there.
             async with self._content.digests.hold(digest):
                 if self._refers(digest):
@@ -417,6 +414,14 @@ class Collector:
         for ref in await run_io(local.sweep_ingests, self._ingest_refs):
             removed.append(("", "ingest-data", ref))
         return removed
+
+    def _strays(self) -> list[str]:
+        """Blobs on disk that had no row a moment ago. Blocks."""
+        on_disk = [info.digest for info in self._content.local.walk()]
+        known = {row[0] for row in self._engine.rows(
+            "SELECT digest FROM blobs UNION SELECT expected FROM ingests WHERE expected IS NOT NULL"
+        )}
+        return [digest for digest in on_disk if digest not in known]
 
     def _refers(self, digest: str) -> bool:
         return (

@@ -10,10 +10,13 @@ letter, so that clients and shims of either side understand them.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from supervisord_ctr.aio import Executors
+from supervisord_ctr.errors import Unavailable
+from supervisord_ctr.linux.mounts import mount_all, unmount_all
 from supervisord_ctr.model import Mount, SnapshotKind
 from supervisord_ctr.snapshots.interface import (
     CAPABILITY_REBASE,
@@ -54,6 +57,26 @@ class OverlaySnapshotter(LocalSnapshotter):
         self._options = tuple(chosen)
         self._remap_ids = remap_ids
         self.capabilities = frozenset({CAPABILITY_REBASE} | ({CAPABILITY_REMAP_IDS} if remap_ids else set()))
+
+    async def open(self, *, adopt: bool = False) -> None:
+        """As the base; Unavailable where overlayfs cannot be mounted over `root` (then `native` still works)."""
+        await super().open(adopt=adopt)
+        await self.executors.run_io(self._probe)
+
+    def _probe(self) -> None:
+        """Mount two empty directories over one another, for that is what every container will need."""
+        with tempfile.TemporaryDirectory(prefix="probe-", dir=self.root / "trash") as folder:
+            for name in ("lower", "upper", "work", "merged"):
+                os.mkdir(f"{folder}/{name}", 0o700)
+            words = (f"lowerdir={folder}/lower", f"upperdir={folder}/upper", f"workdir={folder}/work", *self._options)
+            try:
+                mount_all([Mount("overlay", "overlay", words)], f"{folder}/merged")
+            except OSError as error:
+                raise Unavailable(
+                    f"snapshotter {self.name}: overlayfs cannot be mounted over {self.root}: {error}",
+                    kind="snapshotter", key=self.name,
+                ) from error
+            unmount_all(f"{folder}/merged")
 
     def changes_dir(self, number: int) -> Path:
         """The upper directory."""

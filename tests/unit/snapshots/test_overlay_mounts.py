@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from supervisord_ctr.aio import Executors
-from supervisord_ctr.errors import FailedPrecondition
+from supervisord_ctr.errors import FailedPrecondition, Unavailable
 from supervisord_ctr.model import Mount, SnapshotKind, Usage
 from supervisord_ctr.snapshots import SnapshotRecord, Snapshotter
 from supervisord_ctr.snapshots.interface import CAPABILITY_REBASE, CAPABILITY_REMAP_IDS
@@ -85,6 +85,13 @@ async def test_a_named_index_option_is_kept(tmp_path: Path, executors: Executors
     await made.commit("one", "k")
     (mount,) = await made.prepare("run", "one")
     assert [option for option in mount.options if option.startswith("index")] == ["index=on"]
+
+
+async def test_where_overlay_cannot_mount_it_says_so(tmp_path: Path, executors: Executors) -> None:
+    made = OverlaySnapshotter(tmp_path, MemoryRecords(), executors, options=["nonsense=1"])  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match="cannot be mounted"):
+        await made.open()
+    assert os.listdir(tmp_path / "trash") == []
 
 
 async def test_native(tmp_path: Path, executors: Executors) -> None:
