@@ -17,7 +17,7 @@ from pctr_shim.config import ShimConfig
 from pctr_shim.private import SERVICE as PRIVATE
 from pctr_shim.private import PrivateService
 from pctr_shim.publisher import Publisher
-from pctr_shim.reaper import Reaper
+from pctr_shim.reaper import Reaper, on_signal
 from pctr_shim.service import SERVICES, TaskService
 from supervisord_ctr.linux import processes
 from supervisord_ctr.ttrpc.server import Server
@@ -78,8 +78,7 @@ def _take_signals(tasks: TaskService, stopped: asyncio.Event) -> None:
         else:
             stopped.set()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask)
+        on_signal(number, ask)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

@@ -90,7 +90,6 @@ async def _run(folder: str) -> None:
         await server.close()
         await daemon.close()
         await tasks.tasks.close()
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
 
 
 async def _take(request: Message, context: Context) -> Empty:

@@ -180,7 +180,7 @@ async def test_an_exit_before_adoption_is_kept_while_somebody_expects_it() -> No
         reaper.adopt(late, lambda ended, number: (told.append((ended, number)), done.set())[1])
         await asyncio.wait_for(done.wait(), 30)
     finally:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     assert [(ended.pid, ended.status, number) for ended, number in told] == [(early, 5, 0), (late, 143, 15)]
 
 
@@ -192,7 +192,7 @@ async def test_programs_do_not_inherit_what_they_are_not_given() -> None:
     try:
         await reaper.run(["/bin/ls", "/proc/self/fd"], {}, {1: writer})
     finally:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(writer)
         os.close(ours)
     with os.fdopen(reader) as file:
