@@ -13,6 +13,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from supervisord_ctr import errors
@@ -21,7 +22,7 @@ from supervisord_ctr.cri import ids, pipes
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.state import Container
 from supervisord_ctr.linux import processes
-from supervisord_ctr.model import Exit, TypedValue
+from supervisord_ctr.model import Exit, TaskStatus, TypedValue
 from supervisord_ctr.names import CRI_NAMESPACE
 from supervisord_ctr.oci.spec import PROCESS_TYPE_URL, merge_env
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 #: How often a tree is looked at again, for children born while it was killed.
 _ROUNDS = 20
+#: File beside an exec's pipes that says whose it is, for the daemon after a killed one.
+_OWNER = "container"
 
 
 @dataclass
@@ -116,6 +119,7 @@ async def started(
     exec_id = ids.new_id()
     folder = core.run / "exec" / exec_id
     async with pipes.opened(folder, stdin=stdin, stdout=stdout, stderr=stderr and not tty) as made:
+        (folder / _OWNER).write_text(container.id)
         running = Running(core, container.id, exec_id, 0, made)
         # Beginning is not cancelled half-way: a caller that leaves waits for no process that nobody knows of.
         beginning = core.owner.start(_begin(running, spec, tty), f"start of exec {exec_id}")
@@ -147,6 +151,10 @@ async def _begin(running: Running, spec: TypedValue, tty: bool) -> None:
 async def _end(running: Running, beginning: asyncio.Task[None]) -> None:
     """Kill what still runs and take the exec away."""
     await asyncio.wait([beginning])
+    await _remove(running)
+
+
+async def _remove(running: Running) -> None:
     if running.pid and not running.ended:
         await running.kill_tree()
         with contextlib.suppress(errors.Error, TimeoutError):
@@ -158,3 +166,25 @@ async def _end(running: Running, beginning: asyncio.Task[None]) -> None:
         return
     except errors.Error as error:
         log.warning("exec %s of container %s is left: %s", running.exec_id, running.container_id, error.message)
+
+
+def leftovers(folder: Path) -> list[tuple[str, str]]:
+    """(container, exec) of the execs that a killed daemon left; `folder` is where their pipes are. Blocks."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in folder.iterdir():
+            with contextlib.suppress(OSError):
+                found.append(((entry / _OWNER).read_text(), entry.name))
+    return found
+
+
+async def end_leftovers(core: Core, found: Sequence[tuple[str, str]]) -> None:
+    """End execs whose clients went with the daemon that served them (S9)."""
+    for container_id, exec_id in found:
+        try:
+            state = await core.tasks.state(CRI_NAMESPACE, container_id, exec_id)
+        except errors.Error:
+            continue
+        ended = state.status == TaskStatus.STOPPED
+        unused = pipes.Pipes(core.run / "exec" / exec_id, stdin=False, stdout=False, stderr=False)
+        await _remove(Running(core, container_id, exec_id, state.pid, unused, ended))

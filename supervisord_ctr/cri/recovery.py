@@ -113,10 +113,16 @@ async def take_orphans_away(core: Core) -> None:
     while True:
         left = await _one_pass(core)
         if not left:
-            return
+            break
         log.warning("%d things that belong to no pod could not be taken away yet", left)
         await asyncio.sleep(pause_time)
         pause_time = min(pause_time * 2, _LONGEST_RETRY)
+
+
+    try:
+        await core.networks.collect()
+    except errors.Error as error:
+        log.info("network plugins collected no garbage: %s", error.message)
 
 
 async def _one_pass(core: Core) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supervisord_ctr.aio import Executors, Operations, TaskOwner
-from supervisord_ctr.cri import recovery
+from supervisord_ctr.cri import exec_process, recovery
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.events import EventHub
 from supervisord_ctr.cri.fetcher import PullerFetcher
@@ -87,7 +87,9 @@ class CriRoom:
         """Bring memory in line with the machine; orphans are taken away in the background."""
         self.core.root.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.core.run.mkdir(mode=0o711, parents=True, exist_ok=True)
+        execs = await self.core.executors.run_io(exec_process.leftovers, self.core.run / "exec")
         await recovery.recover(self.core)
+        self._owner.start(exec_process.end_leftovers(self.core, execs), "leftover execs")
         self._owner.start(recovery.take_orphans_away(self.core), "orphans")
         self._owner.start(self.core.images.follow(self._exchange), "images")
         self._owner.start(self.core.stats.run(self.core), "layers")

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from supervisord_ctr import errors
 from supervisord_ctr.aio import Executors
+from supervisord_ctr.linux import namespaces
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class EmbeddedBridge:
         self._masquerade()
 
     def _attach(self, owner: str, netns: str, address: str) -> None:
-        from pyroute2 import IPRoute, NetNS
+        from pyroute2 import IPRoute
 
         name, peer = interface_name(owner), "tp" + interface_name(owner)[2:]
         fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
@@ -118,12 +119,16 @@ class EmbeddedBridge:
                 route.link("set", index=route.link_lookup(ifname=peer)[0], net_ns_fd=fd)
         finally:
             os.close(fd)
-        with NetNS(netns, flags=0) as inner:
-            index = inner.link_lookup(ifname=peer)[0]
-            inner.link("set", index=index, ifname="eth0")
-            inner.addr("add", index=index, address=address, prefixlen=self._subnet.prefixlen)
-            inner.link("set", index=index, state="up")
-            inner.route("add", dst="default", gateway=self.gateway)
+        def inside() -> None:
+            # pyroute2's own way into a namespace forks this process, which a daemon must never do.
+            with IPRoute() as inner:
+                index = inner.link_lookup(ifname=peer)[0]
+                inner.link("set", index=index, ifname="eth0")
+                inner.addr("add", index=index, address=address, prefixlen=self._subnet.prefixlen)
+                inner.link("set", index=index, state="up")
+                inner.route("add", dst="default", gateway=self.gateway)
+
+        namespaces.in_netns(netns, inside)
 
     def _detach(self, owner: str) -> None:
         from pyroute2 import IPRoute
@@ -162,7 +167,7 @@ class EmbeddedBridge:
             f"table {family} {name} {{\n"
             "  chain postrouting { type nat hook postrouting priority srcnat; }\n"
             "  chain prerouting { type nat hook prerouting priority dstnat; }\n"
-            "  chain output { type nat hook output priority dstnat; }\n"
+            "  chain output { type nat hook output priority -100; }\n"
             "}\n"
             f"flush chain {family} {name} postrouting\n"
             f"add rule {family} {name} postrouting {family} saddr {self._subnet} {family} daddr != {self._subnet}"

@@ -328,7 +328,7 @@ class Cri:
 
 @contextlib.contextmanager
 def running_cri(
-    settings: str = "", environment: dict[str, str] | None = None, extra: str = ""
+    settings: str = "", environment: dict[str, str] | None = None, extra: str = "", cni: str = ""
 ) -> Iterator[Cri]:
     """A daemon that serves CRI, with registry and network; all gone after the block, with a check for leaks."""
     base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir="/tmp"))
@@ -341,6 +341,7 @@ def running_cri(
 [cri.cni]
 conf_dir = "{network.folder}"
 bin_dirs = ["/usr/lib/cni", "/opt/cni/bin"]
+{cni}
 {extra}
 """, environment)
     try:
