@@ -167,26 +167,28 @@ class NamespacedSnapshotter:
 
     async def prepare(
         self, namespace: str, key: str, parent: str = "", labels: Mapping[str, str] | None = None, *,
-        lease: str | None = None,
+        lease: str | None = None, durable: bool = True,
     ) -> tuple[Mount, ...]:
         """See `Snapshotter.prepare`.
 
         AlreadyExists also when the label `containerd.io/snapshot.ref` names a snapshot that the
-        namespace has; what exists joins the lease.
+        namespace has; what exists joins the lease. With `durable=False` the record waits for the next
+        durable mutation (that of the container which needs the snapshot, say).
         """
-        work = self._create(namespace, key, parent, labels, lease, view=False)
+        work = self._create(namespace, key, parent, labels, lease, view=False, durable=durable)
         return await shielded(self._owner, work, f"prepare {key}")
 
     async def view(
         self, namespace: str, key: str, parent: str = "", labels: Mapping[str, str] | None = None, *,
-        lease: str | None = None,
+        lease: str | None = None, durable: bool = True,
     ) -> tuple[Mount, ...]:
         """See `Snapshotter.view`."""
-        work = self._create(namespace, key, parent, labels, lease, view=True)
+        work = self._create(namespace, key, parent, labels, lease, view=True, durable=durable)
         return await shielded(self._owner, work, f"view {key}")
 
     async def _create(
-        self, namespace: str, key: str, parent: str, labels: Mapping[str, str] | None, lease: str | None, *, view: bool
+        self, namespace: str, key: str, parent: str, labels: Mapping[str, str] | None, lease: str | None, *,
+        view: bool, durable: bool,
     ) -> tuple[Mount, ...]:
         kept = checked_labels(labels, "info.labels")
         target = kept.get(LABEL_SNAPSHOT_REF, "")
@@ -206,7 +208,9 @@ class NamespacedSnapshotter:
                         raise Unknown(f"unexpected error from snapshotter {self.name}: {error.message}") from error
                     found = await self._target_row(target, parent, bparent, kept)
                 try:
-                    await self._record(namespace, found or new, bparent, lease, view=view or found is not None)
+                    await self._record(
+                        namespace, found or new, bparent, lease, view=view or found is not None, durable=durable
+                    )
                 except BaseException:
                     if found is None:
                         await self._undo(bkey)
@@ -260,7 +264,9 @@ class NamespacedSnapshotter:
                 return (target, info.name, parent or None, info.created_at, info.updated_at, dump_map(merged))
         raise NotFound(f'target snapshot "{target}" in backend: not found', kind="snapshot", key=target)
 
-    async def _record(self, namespace: str, row: Row, bparent: str, lease: str | None, *, view: bool) -> None:
+    async def _record(
+        self, namespace: str, row: Row, bparent: str, lease: str | None, *, view: bool, durable: bool
+    ) -> None:
         key, _, parent = row[:3]
 
         def work(tx: Transaction) -> None:
@@ -278,7 +284,7 @@ class NamespacedSnapshotter:
                     events_pb2.SnapshotPrepare(key=key, parent=parent or "", snapshotter=self.name),
                 )
 
-        await self._engine.write(work)
+        await self._engine.write(work, durable=durable)
 
     async def commit(
         self, namespace: str, name: str, key: str, labels: Mapping[str, str] | None = None, *,
