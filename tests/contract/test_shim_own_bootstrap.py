@@ -215,10 +215,9 @@ async def test_p13_p23_the_record_tells_why(forked: Lab) -> None:
 
 async def test_p13_out_of_memory_is_told_with_its_level(forked: Lab) -> None:
     limit = {"memory": {"limit": 16 << 20, "swap": 16 << 20}}
-    script = "x=$(head -c 100000000 /dev/zero | tr '\\0' x); exit 0"
-    shim = await forked.run("c", ["sh", "-c", script], bundle={"resources": limit})
-    status = await shim.wait("c")
-    assert status != 0
+    hungry = ["dd", "if=/dev/zero", "of=/dev/null", "bs=100000000", "count=1"]
+    shim = await forked.run("c", hungry, bundle={"resources": limit})
+    assert await shim.wait("c") == 137
     topics = await forked.wait_topics(lambda found: "exit" in found)
     assert topics == ["create", "start", "oom", "exit"]
     response = await shim.client.call(PRIVATE, "ExitRecords", shim_pb2.ExitRecordsRequest(), shim_pb2.ExitRecordsResponse)
