@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from typing import Any
 
 from pctr import light
@@ -23,6 +24,12 @@ def note(path: str | None, text: str) -> None:
     if path:
         with open(path, "w", encoding="ascii") as file:
             file.write(text)
+
+
+def ignore_interrupts() -> None:
+    """From now on an impatient user does not stop us: the clean-up is short and must not stay half done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def delete_task(client: Client, container: str) -> None:
@@ -85,7 +92,9 @@ def run_task(
             client.unary(TASKS + "Start", identity, light.StartResponse)
             never_ran.pop_all()
 
-        return front.relay(start)
+        status = front.relay(start)
+        ignore_interrupts()
+        return status
 
 
 def _forget(client: Client, container: str) -> None:
@@ -189,7 +198,9 @@ def exec_in_task(context: Context, container: str, command: list[str]) -> int:
                 client.unary(TASKS + "Start", identity, light.StartResponse)
 
             # Its record goes whether it ended well or not.
-            return front.relay(start)
+            status = front.relay(start)
+            ignore_interrupts()
+            return status
 
 
 def _delete_exec(client: Client, identity: light.ProcessId) -> None:

@@ -24,7 +24,9 @@ _SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 
 def fifo_root() -> str:
-    """Where fifos are made: a folder of root's own in /run, or in the user's runtime folder."""
+    """Where fifos are made: PCTR_RUNTIME_DIR, a folder of root's own in /run, or the user's runtime folder."""
+    if os.environ.get("PCTR_RUNTIME_DIR"):
+        return os.path.join(os.environ["PCTR_RUNTIME_DIR"], "fifo")
     if os.geteuid() == 0:
         return "/run/pctr/fifo"
     return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", "pctr-fifo")

@@ -52,23 +52,13 @@ def run(context: Context) -> int:
         raise UsageError("--rm and --detach do not go together")
     if (args.log_uri or args.null_io) and (args.tty and not args.detach):
         raise UsageError("--log-uri and --null-io leave no terminal to show; add --detach")
-    former = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        network = None
-        if args.net == "bridge":
-            from pctr import bridge
-
-            network = bridge.prepare(context)
-        created = create_container(context, reference, name, command)
-        if network is not None:
-            network.watch(created.id)
-        note(args.cidfile, created.id)
-        status = run_task(context, created, created.mounts, remove=args.rm, remove_unstarted=True)
-        if args.detach:
-            print(created.id)
-        return status
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    signal.signal(signal.SIGTERM, _terminated)
+    created = create_container(context, reference, name, command)
+    note(args.cidfile, created.id)
+    status = run_task(context, created, created.mounts, remove=args.rm, remove_unstarted=True)
+    if args.detach:
+        print(created.id)
+    return status
 
 
 COMMAND = Command(
