@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import ssl
-import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -224,6 +223,11 @@ def _context(host: RegistryHost) -> ssl.SSLContext | bool:
 
 
 def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for `url`."""
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    import urllib.request
+
     parts = urlsplit(url)
     proxies = urllib.request.getproxies_environment()
     if not proxies or urllib.request.proxy_bypass(parts.netloc):

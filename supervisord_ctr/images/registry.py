@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import hashlib
 import json
 import random
@@ -327,6 +326,8 @@ def retry_delay(attempt: int, retry_after: str | None = None) -> float:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             if retry_after.strip().isdigit():
                 return min(float(retry_after), _MAX_WAIT)
+            import email.utils
+
             moment = email.utils.parsedate_to_datetime(retry_after).timestamp()
             return min(max(moment - time.time(), 0.0), _MAX_WAIT)
     return float(min(0.2 * 2**attempt, 10.0) * random.uniform(0.5, 1.0))
