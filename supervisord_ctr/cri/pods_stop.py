@@ -102,6 +102,7 @@ async def _remove(core: Core, pod: Pod) -> None:
         publish_pod(core, pod, pb.CONTAINER_DELETED_EVENT, with_status=False)
         await core.state.forget_pod(pod)
         await stored
+        core.stats.forget(pod.id)
 
 
 async def _forget_stored(core: Core, pod: Pod) -> None:

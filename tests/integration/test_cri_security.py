@@ -257,6 +257,11 @@ def test_d10_a_low_oom_score_does_not_keep_a_container_from_starting(
     config.linux.resources.oom_score_adj = -999
     [line] = output(cri, pod, config)
     assert -999 <= int(line) <= 0
+    config.command[2], config.metadata.name = "sleep 600", f"c{next(_count)}"
+    container = cri.create(*pod, config)
+    cri.start(container)
+    assert cri.exec(container, "cat", "/proc/self/oom_score_adj").exit_code == 0
+    cri.remove(container)
 
 
 def test_environment_arguments_and_directory(cri: Cri, pod: tuple[str, pb.PodSandboxConfig]) -> None:
