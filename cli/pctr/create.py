@@ -240,7 +240,9 @@ def _isolation(builder: SpecBuilder, args: Any) -> None:
         listed, access = devices.parse(entry)
         builder.with_devices(listed, access)
     if args.net == "host":
-        builder.with_host_namespace("network").with_host_files()
+        builder.with_host_namespace("network")
+    if args.net in ("host", "bridge"):
+        builder.with_host_files()
     for kind in ("pid", "ipc"):
         if getattr(args, kind) == "host":
             builder.with_host_namespace(kind)

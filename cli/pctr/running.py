@@ -79,6 +79,9 @@ def run_task(
                 if_failed.callback(remove_container, client, created)
             task = client.unary(TASKS + "Create", request, light.CreateTaskResponse)
             note(args.pid_file, str(task.pid))
+            if getattr(args, "net", "") == "bridge":
+                if_failed.callback(_forget, client, created.id)
+                _join_bridge(context, created.id, task.pid, undo)
             if args.detach:
                 if_failed.callback(_forget, client, created.id)
                 client.unary(TASKS + "Start", identity, light.StartResponse)
@@ -95,6 +98,16 @@ def run_task(
         status = front.relay(start)
         ignore_interrupts()
         return status
+
+
+def _join_bridge(context: Context, container: str, pid: int, undo: contextlib.ExitStack) -> None:
+    """Put the task on the bridge; in the foreground it leaves it when it has ended."""
+    from pctr import bridge
+
+    owner = f"{context.namespace}/{container}"
+    bridge.attach(pid, owner)
+    if not context.args.detach:
+        undo.callback(bridge.detach, pid, owner)
 
 
 def _forget(client: Client, container: str) -> None:

@@ -23,13 +23,18 @@ _CAREFUL = 4096
 _SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 
-def fifo_root() -> str:
-    """Where fifos are made: PCTR_RUNTIME_DIR, a folder of root's own in /run, or the user's runtime folder."""
+def runtime_folder() -> str:
+    """Where we keep what lives no longer than the machine runs: PCTR_RUNTIME_DIR, /run/pctr, or the user's own."""
     if os.environ.get("PCTR_RUNTIME_DIR"):
-        return os.path.join(os.environ["PCTR_RUNTIME_DIR"], "fifo")
+        return os.environ["PCTR_RUNTIME_DIR"]
     if os.geteuid() == 0:
-        return "/run/pctr/fifo"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", "pctr-fifo")
+        return "/run/pctr"
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"pctr-{os.geteuid()}")
+
+
+def fifo_root() -> str:
+    """Where fifos are made."""
+    return os.path.join(runtime_folder(), "fifo")
 
 
 class Fifos:

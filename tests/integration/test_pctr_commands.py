@@ -168,6 +168,16 @@ def test_mounts(target: Target, name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_networks(target: Target, name: str) -> None:
+    look = ("sh", "-c", "ip route; ls /sys/class/net")
+    assert target.text("run", "--rm", target.image, name, *look).split() == ["lo"]
+    bridged = target.text("run", "--rm", "--net", "bridge", target.image, name, *look)
+    assert "default via" in bridged
+    assert "eth0" in bridged.split()
+    assert set(os.listdir("/sys/class/net")) & set(
+        target.text("run", "--rm", "--net", "host", target.image, name, *look).split())
+
+
 # -- errors --------------------------------------------------------------------------------------------
 
 
