@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from pctr.bridge import FileAddresses
+
 from supervisord_ctr.errors import ResourceExhausted
 
 
