@@ -28,7 +28,7 @@ import grpc
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.api.cri.v1 import cri_pb2_grpc
 from supervisord_ctr.linux import namespaces
-from tests.support.daemon import DaemonProcess, running_daemon
+from tests.support.daemon import DaemonProcess, running_daemon, wait_until
 
 T = TypeVar("T")
 
@@ -190,8 +190,18 @@ class Pod:
         return self.in_network(container, lambda: socket.create_server((address, 0), family=family, backlog=512))
 
     def remove(self) -> None:
-        """Take the pod away."""
-        self.runtime.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=self.id), timeout=CALL_TIMEOUT)
+        """Take the pod away; repeated, as a kubelet would, while a shim that was killed is being recovered."""
+
+        def stopped() -> bool:
+            try:
+                self.runtime.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=self.id), timeout=CALL_TIMEOUT)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return False
+            return True
+
+        wait_until(stopped, "pod to stop")
         self.runtime.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=self.id), timeout=CALL_TIMEOUT)
         self.channel.close()
 
