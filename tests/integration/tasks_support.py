@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -50,6 +51,7 @@ class Client:
         self.root = root
         self.runtime = runtime
         self.output = Path(tempfile.mkdtemp(prefix="pctr-out-", dir="/tmp"))
+        self.made: set[str] = set()
         self.connect()
 
     def connect(self) -> None:
@@ -61,7 +63,11 @@ class Client:
         self.metadata = self.daemon.metadata()
 
     def close(self) -> None:
-        """Hang up and remove what was written."""
+        """Hang up and remove what was written; what a failed test left running goes, so that only it fails."""
+        for name in self.made:
+            for step in (self.kill, self.wait, self.delete, self.remove):
+                with contextlib.suppress(grpc.RpcError, ValueError):
+                    step(name)
         self.channel.close()
         shutil.rmtree(self.output, ignore_errors=True)
 
@@ -78,6 +84,7 @@ class Client:
         builder.with_root(str(self.root)).with_default_devices()
         for part, values in changes.items():
             builder.spec.setdefault(part, {}).update(values)
+        self.made.add(name)
         container = containers_pb2.Container(id=name)
         container.runtime.name = self.runtime
         container.spec.type_url, container.spec.value = TYPE_URL, builder.to_json()
@@ -112,6 +119,7 @@ class Client:
     def remove(self, name: str) -> None:
         """Delete the container's record."""
         self.call(self.containers.Delete, containers_pb2.DeleteContainerRequest(id=name))
+        self.made.discard(name)
 
     def run(self, *args: str, **changes: Any) -> str:
         """A started task; returns its container's id."""
