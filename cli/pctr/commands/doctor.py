@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def _arguments(parser: Arguments) -> None:
     parser.add_argument("--repair", action="store_true", help="remove what is found (default: only list it)")
     parser.add_argument("--dry-run", action="store_true", help="only list what is found (the default)")
+    parser.add_argument("--verify", action="store_true", help="also read every blob and compare its digest")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="how to print")
 
 
@@ -23,15 +24,15 @@ def _run(context: Context) -> int:
 
     repair = context.args.repair and not context.args.dry_run
     try:
-        report = ask(context, *DOCTOR_PART, {"repair": repair})
+        report = ask(context, *DOCTOR_PART, {"repair": repair, "verify": context.args.verify})
     except errors.NotFound:
         report = None
     if report is None:
         raise Failed("this daemon does not examine itself")
-    table = output.Table("KIND", "NAMESPACE", "ID", "PROBLEM", "STATE")
+    table = output.Table("KIND", "ID", "PROBLEM", "REMEDY", "STATE")
     found = report.get("findings") or []
     for entry in found:
-        table.add(entry.get("kind"), entry.get("namespace"), entry.get("id"), entry.get("problem"),
+        table.add(entry.get("kind"), entry.get("id"), entry.get("problem"), entry.get("remedy"),
                   entry.get("state") or "found")
     if found or context.args.format == "json":
         table.show(context.args)

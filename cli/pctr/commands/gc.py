@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def _arguments(parser: Arguments) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument("--release", action="store_true", help="also what is held back after a repaired database")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="how to print")
 
 
@@ -21,7 +22,8 @@ def _run(context: Context) -> None:
     from supervisord_ctr import errors
 
     try:
-        report = ask(context, *GC_PART, {"collect": True, "dry_run": context.args.dry_run})
+        report = ask(context, *GC_PART, {
+            "collect": True, "dry_run": context.args.dry_run, "release": context.args.release})
     except errors.NotFound:
         report = None
     if report is None:
