@@ -67,20 +67,27 @@ def _stream_options(parser: Arguments) -> None:
 
 def _exec_arguments(parser: Arguments) -> None:
     _stream_options(parser)
-    parser.add_argument("container", metavar="CONTAINER", help="id of a pod's container")
+    parser.add_argument("container", metavar="CONTAINER", help="id, beginning of an id, or name")
     parser.add_argument("words", nargs=REMAINDER, metavar="COMMAND …", help="what to run in it")
 
 
 def _attach_arguments(parser: Arguments) -> None:
     _stream_options(parser)
-    parser.add_argument("container", metavar="CONTAINER", help="id of a pod's container")
+    parser.add_argument("container", metavar="CONTAINER", help="id, beginning of an id, or name")
 
 
 def _forward_arguments(parser: Arguments) -> None:
     parser.add_argument("--bind", metavar="ADDRESS", default="127.0.0.1", help="listen here (default: 127.0.0.1)")
-    parser.add_argument("pod", metavar="POD", help="id of a pod")
+    parser.add_argument("pod", metavar="POD", help="id, beginning of an id, or name")
     parser.add_argument("words", nargs=REMAINDER, metavar="[LOCAL:]REMOTE …",
                         help="ports; a local port of 0 takes a free one")
+
+
+def _container(context: Context) -> str:
+    """The id of the container that is meant."""
+    from pctr import pods
+
+    return pods.find_container(context.client, context.args.container).id
 
 
 def run_exec(context: Context) -> int:
@@ -92,7 +99,8 @@ def run_exec(context: Context) -> int:
     if not words:
         raise UsageError("which command? see 'pctr pod exec --help'")
     request = ExecRequest(
-        container_id=args.container, cmd=words, tty=args.tty, stdin=args.interactive, stdout=True, stderr=not args.tty
+        container_id=_container(context), cmd=words, tty=args.tty, stdin=args.interactive, stdout=True,
+        stderr=not args.tty,
     )
     answer = context.client.unary(CRI_RUNTIME + "Exec", request, UrlResponse, timeout=30)
     return run_session(answer.url, stdin=args.interactive, tty=args.tty, detachable=False)
@@ -104,7 +112,7 @@ def run_attach(context: Context) -> int:
 
     args = context.args
     request = AttachRequest(
-        container_id=args.container, stdin=args.interactive, tty=args.tty, stdout=True, stderr=not args.tty
+        container_id=_container(context), stdin=args.interactive, tty=args.tty, stdout=True, stderr=not args.tty
     )
     answer = context.client.unary(CRI_RUNTIME + "Attach", request, UrlResponse, timeout=30)
     return run_session(answer.url, stdin=args.interactive, tty=args.tty, detachable=args.tty)
@@ -129,12 +137,14 @@ def parse_ports(words: list[str]) -> list[tuple[int, int]]:
 
 def run_port_forward(context: Context) -> int:
     """Listen on local ports and forward what connects into a pod, until interrupted."""
+    from pctr import pods
     from pctr.pod_session import run_forward
 
     ports = parse_ports(context.args.words)
+    pod = pods.find_pod(context.client, context.args.pod)
 
     def ask_url() -> str:
-        request = PortForwardRequest(pod_sandbox_id=context.args.pod)
+        request = PortForwardRequest(pod_sandbox_id=pod)
         return context.client.unary(CRI_RUNTIME + "PortForward", request, UrlResponse, timeout=30).url
 
     try:
@@ -145,13 +155,13 @@ def run_port_forward(context: Context) -> int:
 
 
 COMMANDS = (
-    Command("exec", "run a command in a pod's container", "pctr pod exec -it 3f2a9c sh", _exec_arguments, run_exec),
+    Command("exec", "run a command in a pod's container", "pctr pod exec -it dns sh", _exec_arguments, run_exec),
     Command(
         "attach", "join the streams of a pod's container (ctrl-p ctrl-q leaves a terminal)",
-        "pctr pod attach -it 3f2a9c", _attach_arguments, run_attach,
+        "pctr pod attach -it shell", _attach_arguments, run_attach,
     ),
     Command(
-        "port-forward", "forward local ports into a pod", "pctr pod port-forward 81c2d7 8080:80", _forward_arguments,
-        run_port_forward,
+        "port-forward", "forward local ports into a pod", "pctr pod port-forward kube-system/dns 8053:53",
+        _forward_arguments, run_port_forward,
     ),
 )
