@@ -112,8 +112,24 @@ def install_python(venv: pathlib.Path) -> None:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f"{ROOT}[dev]"]
     for _ in range(3):
         if subprocess.run(pip, check=False, stdin=subprocess.DEVNULL).returncode == 0:
+            quicken(python)
             return
     sys.exit(f"pip failed: {' '.join(pip)}")
+
+
+def quicken(python: pathlib.Path) -> None:
+    """Make every start faster: paths in place of the import hook of an editable install, and bytecode beforehand.
+
+    The hook costs each start of `pctr` and of the daemon some 15 ms; bytecode is never written later where
+    PYTHONDONTWRITEBYTECODE is set or the checkout belongs to somebody else.
+    """
+    program = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    packages = pathlib.Path(subprocess.run([str(python), "-c", program], check=True, capture_output=True,
+                                           text=True).stdout.strip())
+    for hook in packages.glob("__editable__.supervisord_ctr-*.pth"):
+        hook.write_text("".join(f"{ROOT / folder}\n" for folder in ("", "shim", "cli")))
+    folders = [str(ROOT / folder) for folder in ("supervisord_ctr", "shim", "cli")]
+    subprocess.run([str(python), "-m", "compileall", "-q", *folders], check=False, stdin=subprocess.DEVNULL)
 
 
 def main() -> None:
