@@ -72,14 +72,16 @@ async def _wait(core: Core, container: Container) -> Exit:
 
 async def finish(core: Core, container: Container, found: Exit) -> None:
     """Record an exit and delete the task."""
-    kills = 0
+    kills, level = 0, ""
     try:
         for record in await core.tasks.exit_records(CRI_NAMESPACE, container.id):
             if not record.exec_id:
-                kills = record.oom_kills
+                kills, level = record.oom_kills, record.oom_level
     except errors.Error as error:
         log.debug("exit record of container %s: %s", container.id, error.message)
     container.oom = container.oom or (kills > 0 and found.status != 0)
+    if container.oom and not container.message:
+        container.message = f"a process was killed for lack of memory: the limit of the {level or 'container'} was reached"
     container.exit_code = found.status
     container.finished_at = int(found.at * 1e9) or time.time_ns()
     container.stage, container.pid = "exited", 0

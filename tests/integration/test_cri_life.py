@@ -281,6 +281,7 @@ def test_p13_running_out_of_memory_is_told(cri: Cri) -> None:
     status = cri.wait_exited(container)
     assert status.exit_code != 0
     assert status.reason == "OOMKilled"
+    assert "the limit of the container was reached" in status.message
     cri.remove_pod(pod)
 
 

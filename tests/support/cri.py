@@ -340,7 +340,7 @@ def running_cri(
 {settings}
 [cri.cni]
 conf_dir = "{network.folder}"
-bin_dirs = ["/usr/lib/cni", "/opt/cni/bin"]
+bin_dirs = ["{base}/plugins", "/usr/lib/cni", "/opt/cni/bin"]
 {cni}
 {extra}
 """, environment)
