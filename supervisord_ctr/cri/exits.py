@@ -81,7 +81,8 @@ async def finish(core: Core, container: Container, found: Exit) -> None:
         log.debug("exit record of container %s: %s", container.id, error.message)
     container.oom = container.oom or (kills > 0 and found.status != 0)
     if container.oom and not container.message:
-        container.message = f"a process was killed for lack of memory: the limit of the {level or 'container'} was reached"
+        where = level or "container"
+        container.message = f"a process was killed for lack of memory: the limit of the {where} was reached"
     container.exit_code = found.status
     container.finished_at = int(found.at * 1e9) or time.time_ns()
     container.stage, container.pid = "exited", 0
