@@ -1,4 +1,4 @@
-"""Events of shims: the ttrpc socket of the daemon where `containerd.services.events.ttrpc.v1` is served.
+"""Events of shims: the ttrpc sockets of the daemon where `containerd.services.events.ttrpc.v1` is served.
 
 A listener is told of each event before subscribers are, so that what an event tells is already
 true for who asks (P14).
@@ -7,7 +7,7 @@ true for who asks (P14).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +27,10 @@ class Sink(Protocol):
 
 
 class EventServer:
-    """Serves the socket at `path` (mode 0600) from `start` until `close`."""
+    """Serves the sockets at `paths` (mode 0600) from `start` until `close`."""
 
-    def __init__(self, path: Path, sink: Sink, listener: Callable[[Event], None] | None = None) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path], sink: Sink, listener: Callable[[Event], None] | None = None) -> None:
+        self.paths = tuple(paths)
         self._sink = sink
         self._listener = listener
         self._server = Server({
@@ -41,7 +41,8 @@ class EventServer:
 
     async def start(self) -> None:
         """Listen. `FileExistsError` when another daemon does."""
-        await self._server.serve(listen(str(self.path)))
+        for path in self.paths:
+            await self._server.serve(listen(str(path)))
 
     async def _forward(self, request: Any, context: Context) -> Empty:
         envelope = request.envelope
@@ -55,6 +56,7 @@ class EventServer:
         return Empty()
 
     async def close(self) -> None:
-        """Stop serving and remove the socket."""
+        """Stop serving and remove the sockets."""
         await self._server.close()
-        self.path.unlink(missing_ok=True)
+        for path in self.paths:
+            path.unlink(missing_ok=True)

@@ -87,7 +87,9 @@ class Tasks:
         )
         self.shims.on_lost = self._shim_lost
         self.sandboxes = Sandboxes(self, state_dir, root_dir)
-        self._event_server = EventServer(events_path, exchange, self._observe)
+        # Shims get the path that stays when the address changes; clients of containerd look beside the address.
+        served = [events_path, *([Path(f"{address}.ttrpc")] if address else [])]
+        self._event_server = EventServer(served, exchange, self._observe)
 
     # -- life of the room --------------------------------------------------------------------------
 
@@ -168,6 +170,10 @@ class Tasks:
             with contextlib.suppress(errors.Error, TimeoutError):
                 await self.shims.clean_up(task.bundle, task.record)
             await self._forget(task)
+
+    def known(self) -> set[tuple[str, str]]:
+        """Namespace and id of every task, those being made or removed included."""
+        return set(self._tasks)
 
     def known_sockets(self) -> set[str]:
         """Socket paths of shims that some task needs."""
