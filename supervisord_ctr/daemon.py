@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -54,7 +55,7 @@ from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine, GcOptions
 from supervisord_ctr.model import Platform
 from supervisord_ctr.oci import limits
-from supervisord_ctr.rpc import RpcServer
+from supervisord_ctr.rpc import Observe, RpcServer
 from supervisord_ctr.runtime import RuntimeConfig, Tasks, Zygote
 from supervisord_ctr.services.containers import ContainersService
 from supervisord_ctr.services.content import ContentService
@@ -132,24 +133,16 @@ class Daemon:
         exchange = Exchange()
         content = LocalContent(root / "content")
         engine = Engine(root / "metadata.db")
-        snapshotters: dict[str, Snapshotter] = {
-            "overlayfs": OverlaySnapshotter(
-                root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors, remap_ids=supports_idmap()),
-            "native": NativeSnapshotter(root / "snapshots" / "native", engine.records("native"), executors),
-        }
-        for name, plugin in settings.proxy_plugins.items():
-            if plugin.type == "snapshot":
-                snapshotters[name] = ProxySnapshotter(name, GrpcRemote(plugin.address))
-        database = Database(engine, content, snapshotters, exchange.publish, executors, gc=gc_options(settings))
-        await database.open()
+        database = Database(engine, content, snapshotters(settings, root, engine, executors), exchange.publish,
+                            executors, gc=gc_options(settings))
         stack.push_async_callback(database.close)
+        zygote = Zygote()
+        stack.push_async_callback(zygote.close)
+        await asyncio.gather(database.open(), zygote.start())  # the zygote warms up while the database opens
         mounts = MountManager(state / "mounts", database, executors)
         await mounts.open()
         database.gc.parts.append(mounts.collect)
 
-        zygote = Zygote()
-        await zygote.start()
-        stack.push_async_callback(zygote.close)
         tasks = Tasks(state, root, database, exchange, zygote, executors, runtime_config(settings),
                       address=str(self._address), adjust_spec=limits.clamp)
         await tasks.recover()
@@ -172,7 +165,9 @@ class Daemon:
         transfer = TransferService(database, puller, Pusher(database, executors, http, hosts), streams)
         stack.push_async_callback(transfer.close)
 
-        server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid,
+        observe = await self._metrics(stack, {"tasks": lambda: float(len(tasks)),
+                                              "pulls": lambda: float(len(puller.running()))})
+        server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid, observe=observe,
                            max_receive=settings.grpc.max_receive_size, max_send=settings.grpc.max_send_size)
         native = "containerd.services."
         server.add(f"{native}version.v1.Version", add_VersionServicer_to_server, VersionService())
@@ -196,15 +191,44 @@ class Daemon:
         if settings.cri.enabled:
             cri = CriRoom(settings, database, tasks, zygote, exchange, executors,
                           PullerFetcher(puller, settings.cri.image_pull_progress_timeout))
-            await cri.start()
-            stack.push_async_callback(cri.close)
-            streaming = StreamingServer(cri.backend, settings.cri.streaming)
-            await streaming.start()
-            stack.push_async_callback(streaming.close)
-            server.add("runtime.v1.RuntimeService", add_RuntimeServiceServicer_to_server,
-                       cri.runtime_service(streaming))
-            server.add("runtime.v1.ImageService", add_ImageServiceServicer_to_server, cri.image_service())
+            await self._serve_kubernetes(stack, server, cri)
         return server
+
+    async def _serve_kubernetes(self, stack: AsyncExitStack, server: RpcServer, cri: CriRoom) -> None:
+        """CRI on the same socket, and the HTTP server behind its exec, attach and port-forward."""
+        await cri.start()
+        stack.push_async_callback(cri.close)
+        streaming = StreamingServer(cri.backend, self._settings.cri.streaming)
+        await streaming.start()
+        stack.push_async_callback(streaming.close)
+        server.add("runtime.v1.RuntimeService", add_RuntimeServiceServicer_to_server, cri.runtime_service(streaming))
+        server.add("runtime.v1.ImageService", add_ImageServiceServicer_to_server, cri.image_service())
+
+    async def _metrics(
+        self, stack: AsyncExitStack, gauges: Mapping[str, Callable[[], float]]
+    ) -> Observe | None:
+        """Prometheus, where an address is configured; the library is not loaded otherwise."""
+        if not self._settings.metrics.address:
+            return None
+        from supervisord_ctr.metrics import Metrics
+
+        metrics = Metrics(self._settings.metrics.address, gauges)
+        await metrics.start()
+        stack.push_async_callback(metrics.close)
+        return metrics.observe
+
+
+def snapshotters(settings: Settings, root: Path, engine: Engine, executors: Executors) -> dict[str, Snapshotter]:
+    """Our own, and those that other programs serve."""
+    made: dict[str, Snapshotter] = {
+        "overlayfs": OverlaySnapshotter(
+            root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors, remap_ids=supports_idmap()),
+        "native": NativeSnapshotter(root / "snapshots" / "native", engine.records("native"), executors),
+    }
+    for name, plugin in settings.proxy_plugins.items():
+        if plugin.type == "snapshot":
+            made[name] = ProxySnapshotter(name, GrpcRemote(plugin.address))
+    return made
 
 
 def runtime_config(settings: Settings) -> RuntimeConfig:
