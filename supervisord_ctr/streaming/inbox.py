@@ -62,9 +62,13 @@ class Inbox:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """Drop everything: the reader gets `error`. An inbox that was read to its end stays so."""
-        if self._error is None and not (self._ended and not self._pieces):
-            self._error = error
+        """Nothing more will come and the end is missing: drop what is there, the reader gets `error`.
+
+        After `end` this does nothing: what came is whole, and can be read.
+        """
+        if self._ended:
+            return
+        self._error = error
         self._ended = True
         self._drop()
         self._wake()

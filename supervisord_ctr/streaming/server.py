@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import partial
 from urllib.parse import urlsplit
 
 from wsproto import WSConnection
@@ -168,17 +169,17 @@ class StreamingServer:
     ) -> None:
         """Join a SPDY session to its carrier and start its handler."""
         timeout = self._settings.creation_timeout
-        work: Awaitable[None]
+        work: Callable[[], Awaitable[None]]
         if isinstance(params, PortForwardParams):
             forwarder = portforward.PortForward(self._backend, params.sandbox_id, timeout)
             session = SpdySession(carrier, client=False, on_stream=forwarder.on_stream)
             forwarder.session = session
-            work = forwarder.run()
+            work = forwarder.run
         else:
             gatherer = command.StreamGatherer(params, protocol)
             session = SpdySession(carrier, client=False, on_stream=gatherer.on_stream)
             gatherer.session = session
-            work = command.serve_spdy(carrier, gatherer, self._backend, params, timeout)
+            work = partial(command.serve_spdy, carrier, gatherer, self._backend, params, timeout)
         task = self._start(work, session.close_soon)
 
         def lost() -> None:
@@ -219,31 +220,34 @@ class StreamingServer:
 
     def _serve_channels(self, websocket: WebSocket, params: Params, protocol: str) -> None:
         encoded = "base64." in protocol
-        work: Awaitable[None]
+        work: Callable[[], Awaitable[None]]
         if isinstance(params, PortForwardParams):
             kinds = [(True, True), (False, True)] * len(params.ports)
             session = ChannelSession(websocket, kinds, encoded=encoded, close_signal=False)
-            work = portforward.serve_websocket(session, self._backend, params.sandbox_id, params.ports)
+            work = partial(portforward.serve_websocket, session, self._backend, params.sandbox_id, params.ports)
         else:
             session = ChannelSession(
                 websocket, command.channel_kinds(params), encoded=encoded, close_signal=protocol.startswith("v5.")
             )
-            work = command.serve_websocket(session, self._backend, params, protocol)
+            work = partial(command.serve_websocket, session, self._backend, params, protocol)
         task = self._start(work, websocket.close_soon)
         session.attach(lambda: _ignore(task.cancel()))
 
-    def _start(self, work: Awaitable[None], end: Callable[[], None]) -> asyncio.Task[None]:
-        """Run a session's handler as a task of the server; the connection never outlives it."""
+    def _start(self, work: Callable[[], Awaitable[None]], end: Callable[[], None]) -> asyncio.Task[None]:
+        """Run a session's handler as a task of the server; the connection never outlives it.
+
+        The task may be cancelled before its first step, when the client leaves at once.
+        """
 
         async def run() -> None:
             try:
-                await work
+                await work()
             except Exception:
                 log.exception("a streaming session failed")
-            finally:
-                end()
 
-        return self._owner.start(run(), "session")
+        task = self._owner.start(run(), "session")
+        task.add_done_callback(lambda _: end())
+        return task
 
 
 def _ignore(_value: object) -> None:

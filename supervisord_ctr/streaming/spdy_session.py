@@ -99,6 +99,14 @@ class SpdyStream:
             self._session.flush()
             self.drop(status)
 
+    def leave(self) -> None:
+        """The session ends: reset the stream, unless its end was said already."""
+        if self._closed:
+            self.discard_input()
+            self.drop(ResetStatus.CANCEL)
+        else:
+            self.reset()
+
     def discard_input(self) -> None:
         """Nobody will read: drop what is there and what comes."""
         self.inbox.close()
@@ -178,9 +186,9 @@ class SpdySession:
         self.carrier.close_soon()
 
     async def finish(self) -> None:
-        """Take no more, reset what is open, let everything sent arrive, close."""
+        """Take no more, reset what this side has not closed, let everything sent arrive, close."""
         for stream in list(self._streams.values()):
-            stream.reset()
+            stream.leave()
         self.machine.go_away()
         self.flush()
         await self.carrier.finish()

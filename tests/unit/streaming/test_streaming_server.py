@@ -215,6 +215,22 @@ async def test_s9_execs_dropped_at_any_moment_leave_nothing(server: StreamingSer
     await wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, PATIENCE, "descriptors to be closed")
 
 
+async def test_s9_a_client_that_leaves_with_its_upgrade_leaves_nothing(
+    server: StreamingServer, backend: ScriptedBackend
+) -> None:
+    """Request and end arrive together: the session's task is called off before its first step."""
+    for protocol in ("SPDY/3.1", "websocket"):
+        for url in (server.exec_url(exec_params("echo")), server.port_forward_url(PortForwardParams("p", (80,)))):
+            name = "portforward.k8s.io" if "portforward" in url else "v4.channel.k8s.io"
+            head = (
+                f"GET /{url.split('/', 3)[3]} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n"
+                f"X-Stream-Protocol-Version: {name}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+                "dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            assert b"101" in await raw(server, head.encode() + b"\x80\x02garbage that ends the session")
+    await quiet(server, backend)
+
+
 async def _drop_somewhere(server: StreamingServer, rng: random.Random) -> None:
     url = server.exec_url(exec_params(rng.choice(["sleep", "cat", "echo", "nonsense"]), stdin=True))
     stage = rng.randrange(5)
