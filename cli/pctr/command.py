@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pctr.options import SUPPRESS
 
@@ -45,15 +45,21 @@ class Failed(Exception):
         self.status = status
 
 
-class Command(NamedTuple):
+class Command:
     """One command: `arguments` fills a parser, `run` does the work and returns the exit status (None is 0)."""
 
-    name: str
-    summary: str
-    example: str
-    arguments: Callable[[Arguments], None]
-    run: Callable[[Context], int | None]
-    aliases: tuple[str, ...] = ()
+    __slots__ = ("aliases", "arguments", "example", "name", "run", "summary")
+
+    def __init__(
+        self, name: str, summary: str, example: str, arguments: Callable[[Arguments], None],
+        run: Callable[[Context], int | None], aliases: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.summary = summary
+        self.example = example
+        self.arguments = arguments
+        self.run = run
+        self.aliases = aliases
 
 
 class Context:

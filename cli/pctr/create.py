@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pctr import light
 from pctr.command import (
@@ -26,7 +26,6 @@ from pctr.command import (
 from pctr.image_config import ImageConfig, get_image, load_config, read_json, unpacked_chain_id
 from pctr.rpc import CONTAINERS, SNAPSHOTS, Client
 from supervisord_ctr import errors
-from supervisord_ctr.names import check_line
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder, parse_mount
 
 if TYPE_CHECKING:
@@ -39,14 +38,19 @@ RUNC_OPTIONS_URL = "containerd.runc.v1.Options"
 _RESERVED_LABELS = ("containerd.io/", "io.containerd.", "io.cri-containerd", "io.kubernetes.", "pctr/")
 
 
-class Created(NamedTuple):
+class Created:
     """A container that exists now, and the mounts of its root file system ([] when the spec says where it is)."""
 
-    id: str
-    mounts: list[light.Mount]
-    image: str
-    snapshotter: str
-    snapshot_key: str
+    __slots__ = ("id", "image", "mounts", "snapshot_key", "snapshotter")
+
+    def __init__(
+        self, name: str, mounts: list[light.Mount], image: str, snapshotter: str, snapshot_key: str,
+    ) -> None:
+        self.id = name
+        self.mounts = mounts
+        self.image = image
+        self.snapshotter = snapshotter
+        self.snapshot_key = snapshot_key
 
 
 def create_options(parser: Arguments) -> None:
@@ -284,6 +288,8 @@ def set_resources(builder: SpecBuilder, args: Any) -> None:
 
 def anonymous_mounts(volumes: Iterable[str]) -> list[dict[str, Any]]:
     """A tmpfs for each VOLUME, filled with what the image has there; it goes with the container."""
+    from supervisord_ctr.names import check_line
+
     options = ["tmpcopyup", "nosuid", "nodev", "mode=755"]
     return [
         {"destination": check_line(path, "volume"), "type": "tmpfs", "source": "volume", "options": list(options)}

@@ -8,12 +8,17 @@ connection beside other descriptors and hold several streams open at once.
 from __future__ import annotations
 
 import select
-import socket
 import struct
+
+# The socket module proper is a wrapper that takes as long to import as a call takes.
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM
+from _socket import socket as Socket
 from collections import deque
 from collections.abc import Sequence
 
 from pctr.hpack import Decoder, HpackError, encode
+
+__all__ = ["AF_UNIX", "SOCK_CLOEXEC", "SOCK_STREAM", "Connection", "ConnectionLost", "Socket", "Stream"]
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
     0, 1, 3, 4, 5, 6, 7, 8, 9,
@@ -64,7 +69,7 @@ class Stream:
 class Connection:
     """The client's end of one connection. Not for use by several threads at once."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Socket) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._decoder = Decoder()

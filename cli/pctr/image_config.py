@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from pctr import light
 from pctr.command import Failed
@@ -29,13 +29,16 @@ _MACHINES = {
 }
 
 
-class ImageConfig(NamedTuple):
+class ImageConfig:
     """An image as one platform sees it; `config` is its whole configuration document."""
 
-    name: str
-    manifest_digest: str
-    config_digest: str
-    config: dict[str, Any]
+    __slots__ = ("config", "config_digest", "manifest_digest", "name")
+
+    def __init__(self, name: str, manifest_digest: str, config_digest: str, config: dict[str, Any]) -> None:
+        self.name = name
+        self.manifest_digest = manifest_digest
+        self.config_digest = config_digest
+        self.config = config
 
     @property
     def runtime(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from pctr import light, terminal
+from pctr import light
 from pctr.command import Failed
 from pctr.rpc import TASKS, Call, Client
 from pctr.stdio import Fifos, Pump, open_input, open_output
@@ -115,6 +115,8 @@ class Foreground:
 
     def resize(self) -> None:
         """Tell the process's terminal the size of ours."""
+        from pctr import terminal
+
         width, height = terminal.size(1) if terminal.size(1) != (0, 0) else terminal.size(0)
         if width and height:
             self._ask("ResizePty", light.ResizePtyRequest(
@@ -132,6 +134,8 @@ class Foreground:
         numbers = (*_FORWARDED, signal.SIGWINCH) if self._terminal else _FORWARDED
         with contextlib.ExitStack() as stack:
             if self._terminal:
+                from pctr import terminal
+
                 stack.enter_context(terminal.raw(0))
             start()
             signals = stack.enter_context(caught_signals(*numbers)) if self.proxy_signals else -1

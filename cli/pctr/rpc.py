@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import struct
 import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
-from pctr.http2 import Connection, ConnectionLost
+from pctr.http2 import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, Connection, ConnectionLost, Socket
 from supervisord_ctr import errors
 
 #: Largest message accepted (containerd's own default is 16 MiB).
@@ -277,9 +276,9 @@ def _grpc_timeout(seconds: float) -> str:
     return f"{min(int(seconds), 99_999_999)}S"
 
 
-def _connect(address: str, start_hint: str) -> socket.socket:
+def _connect(address: str, start_hint: str) -> Socket:
     path = socket_path(address)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock = Socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
     try:
         sock.connect(path)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pctr.command import Command
 
 
-class Group(NamedTuple):
+class Group:
     """Where a word of the command line leads: a module with `COMMAND`, or with `COMMANDS` under a group."""
 
-    module: str
-    summary: str
-    aliases: tuple[str, ...] = ()
+    __slots__ = ("aliases", "module", "summary")
+
+    def __init__(self, module: str, summary: str, aliases: tuple[str, ...] = ()) -> None:
+        self.module = module
+        self.summary = summary
+        self.aliases = aliases
 
 
 GROUPS: dict[str, Group] = {
