@@ -8,6 +8,7 @@ to their shims and run on.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import platform
@@ -116,6 +117,10 @@ class Daemon:
             server = await self._build(stack)
             await server.start()
             stack.push_async_callback(server.stop, STOP_GRACE)
+            # What lives as long as the daemon need not be looked at by each full collection.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(20_000, 50, 100)
             notifier.ready(self._address)
             log.info("supervisord-ctr %s ready", __version__, extra={
                 "address": str(self._address), "root": str(self._root), "seconds": f"{time.monotonic() - started:.3f}"})
