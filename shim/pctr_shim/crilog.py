@@ -7,9 +7,9 @@ Owns formatting, rotation at line ends, re-opening, and what happens when the di
 container is never held up; what cannot be written is dropped and counted, and the next line that
 can be written tells how much. One `LogFile` serves both streams of a container.
 
-Address: `cri-log:///ABSOLUTE/PATH?max_size=BYTES&max_files=N&max_rate=BYTES_PER_SECOND`. Without
-`max_size` the file is rotated by others (a kubelet), who then ask for `reopen`. Lines longer than
-16 KiB are split into parts. Rotation renames PATH to PATH.1, PATH.1 to PATH.2 and so on.
+Address: `cri-log:///ABSOLUTE/PATH?max_size=BYTES&max_files=N&max_rate=BYTES_PER_SECOND&max_line=BYTES`.
+Without `max_size` the file is rotated by others (a kubelet), who then ask for `reopen`. Lines longer
+than `max_line` (16 KiB) are split into parts. Rotation renames PATH to PATH.1, PATH.1 to PATH.2 and so on.
 
 Source: Kubernetes' design for CRI logs; the part size is containerd's default.
 """
@@ -39,6 +39,7 @@ class LogAddress:
     max_size: int = 0
     max_files: int = 5
     max_rate: int = 0
+    max_line: int = PART
 
     @classmethod
     def parse(cls, text: str) -> LogAddress:
@@ -51,9 +52,11 @@ class LogAddress:
             raise errors.InvalidArgument(f"log path {path!r} must not hold '..'", key=text)
         numbers: dict[str, int] = {}
         for name, value in urllib.parse.parse_qsl(parts.query, keep_blank_values=True):
-            if name not in ("max_size", "max_files", "max_rate") or not value.isdigit():
+            if name not in ("max_size", "max_files", "max_rate", "max_line") or not value.isdigit():
                 raise errors.InvalidArgument(f"log address {text!r}: {name}={value} is not understood", key=text)
             numbers[name] = int(value)
+        if numbers.get("max_line") == 0:
+            raise errors.InvalidArgument(f"log address {text!r}: max_line must not be 0", key=text)
         return cls(path, **numbers)
 
 
@@ -167,11 +170,12 @@ class CriLogSink:
         self._file = file
         self._stream = stream.encode()
         self._rest = b""
+        self._part = file.address.max_line
         self._closed = False
         file.use()
 
     def write(self, data: bytes) -> bool:
-        """Write the whole lines of `data`, and parts of 16 KiB; keep the beginning of a line."""
+        """Write the whole lines of `data`, and parts of longer ones; keep the beginning of a line."""
         head, newline, tail = data.rpartition(b"\n")
         stamp = _now() + b" " + self._stream
         records = b""
@@ -180,11 +184,12 @@ class CriLogSink:
             self._rest = tail
         else:
             self._rest += tail
-        if len(self._rest) >= PART:
-            cut = len(self._rest) - len(self._rest) % PART
+        size = self._part
+        if len(self._rest) >= size:
+            cut = len(self._rest) - len(self._rest) % size
             prefix = stamp + b" P "
             records += b"".join(
-                prefix + self._rest[start:start + PART] + b"\n" for start in range(0, cut, PART)
+                prefix + self._rest[start:start + size] + b"\n" for start in range(0, cut, size)
             )
             self._rest = self._rest[cut:]
         if records:
@@ -192,15 +197,15 @@ class CriLogSink:
         return True
 
     def _whole(self, lines: bytes, stamp: bytes) -> bytes:
-        full = stamp + b" F "
-        if len(lines) <= PART:
+        full, size = stamp + b" F ", self._part
+        if len(lines) <= size:
             return full + lines.replace(b"\n", b"\n" + full) + b"\n"
         part = stamp + b" P "
         out = []
         for line in lines.split(b"\n"):
-            while len(line) > PART:
-                out.append(part + line[:PART] + b"\n")
-                line = line[PART:]
+            while len(line) > size:
+                out.append(part + line[:size] + b"\n")
+                line = line[size:]
             out.append(full + line + b"\n")
         return b"".join(out)
 

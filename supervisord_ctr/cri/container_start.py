@@ -106,7 +106,7 @@ def stdio(core: Core, container: Container) -> Streams:
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         except OSError as error:
             raise errors.from_os_error(error, "failed to make the log folder") from error
-        output = f"cri-log://{quote(container.log_path)}"
+        output = f"cri-log://{quote(container.log_path)}?max_line={core.settings.cri.max_log_line}"
     stdin = ""
     if config.stdin:
         stdin = "attach://?once=1" if config.stdin_once and not config.tty else "attach://"

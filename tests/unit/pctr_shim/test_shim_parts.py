@@ -94,8 +94,8 @@ def test_p19_a_rate_cap_says_what_it_dropped(tmp_path: Path) -> None:
 
 
 def test_log_addresses() -> None:
-    parsed = crilog.LogAddress.parse("cri-log:///a%20b/c?max_size=10&max_files=3&max_rate=7")
-    assert parsed == crilog.LogAddress("/a b/c", 10, 3, 7)
+    parsed = crilog.LogAddress.parse("cri-log:///a%20b/c?max_size=10&max_files=3&max_rate=7&max_line=99")
+    assert parsed == crilog.LogAddress("/a b/c", 10, 3, 7, 99)
     for wrong in ("cri-log://a/b", "cri-log:relative", "cri-log:///a/../b", "cri-log:///a?x=1", "cri-log:///a?max_size=-1"):
         with pytest.raises(errors.InvalidArgument):
             crilog.LogAddress.parse(wrong)
