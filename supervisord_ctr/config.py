@@ -119,8 +119,12 @@ def _check(settings: Settings) -> None:
     if settings.runtime.default not in settings.runtime.classes:
         raise InvalidArgument(f"runtime.default {settings.runtime.default!r} is not one of runtime.classes")
     for name, plugin in settings.proxy_plugins.items():
-        if plugin.type not in ("snapshot", "content") or not plugin.address:
-            raise InvalidArgument(f"proxy_plugins.{name} needs type snapshot or content and an address")
+        if plugin.type != "snapshot":
+            raise InvalidArgument(f"proxy_plugins.{name}: type {plugin.type!r} is not supported, only snapshot is")
+        if not plugin.address:
+            raise InvalidArgument(f"proxy_plugins.{name} needs an address, the path of its socket")
+    if not 256 <= settings.cri.max_log_line <= 1 << 20:
+        raise InvalidArgument(f"cri.max_log_line {settings.cri.max_log_line} must be from 256 to {1 << 20} bytes")
     if bool(settings.cri.streaming.tls_certificate) != bool(settings.cri.streaming.tls_key):
         raise InvalidArgument("cri.streaming.tls_certificate and cri.streaming.tls_key go together")
 

@@ -88,6 +88,9 @@ class CniSettings:
     bin_dirs: list[str] = _setting(["/opt/cni/bin", "/usr/lib/cni"], "folders of CNI plugins, in order")
     max_conf_num: int = _setting(1, "how many configurations a pod joins; 0 means all")
     plugin_timeout: float = _setting(60.0, "longest run of one plugin")
+    skip_idle_plugins: bool = _setting(
+        True, "do not start portmap and bandwidth for pods that ask nothing of them; false runs every plugin"
+    )
     embedded_bridge: bool = _setting(False, "without CNI configuration, attach pods to the embedded bridge")
     bridge_subnet: str = _setting("10.88.0.0/16", "subnet of the embedded bridge")
     bridge_name: str = _setting("pctr0", "interface name of the embedded bridge")
@@ -113,8 +116,7 @@ class CriSettings:
 
     enabled: bool = _setting(True, "serve runtime.v1")
     cgroup_driver: str = _setting("cgroupfs", "cgroupfs or systemd")
-    sandbox_image: str = _setting("", "pause image; empty means pods without one")
-    max_log_line: int = _setting(16 << 10, "longest part of a line in a container's log file")
+    max_log_line: int = _setting(16 << 10, "longest part of a line in a container's log file, 256 bytes to 1 MiB")
     exec_sync_limit: int = _setting(16 << 20, "most output of one ExecSync, a stream")
     drain_exec_io_timeout: float = _setting(2.0, "how long to read on after an exec's process ended")
     stop_timeout_slack: float = _setting(10.0, "how long a killed container may take to be gone")
@@ -140,9 +142,9 @@ class GcSettings:
 
 @dataclass(frozen=True)
 class ProxyPlugin:
-    """A snapshotter or content store that another process serves over gRPC."""
+    """A snapshotter that another process serves over gRPC."""
 
-    type: str = _setting("snapshot", "snapshot or content")
+    type: str = _setting("snapshot", "snapshot; content stores of other processes are not supported")
     address: str = _setting("", "path of its socket")
 
 

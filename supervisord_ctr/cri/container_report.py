@@ -128,7 +128,7 @@ def pod_info(core: Core, pod: Pod) -> dict[str, str]:
     info: dict[str, Any] = {
         "pid": pod.pause_pid, "processStatus": "running" if pod.pause_pid else "none",
         "netNamespaceClosed": not pod.host_network and not core.environments.network_is_open(pod.id),
-        "netNamespace": "" if pod.host_network else netns, "image": core.settings.cri.sandbox_image,
+        "netNamespace": "" if pod.host_network else netns, "image": "",
         "snapshotKey": "", "snapshotter": "", "runtimeHandler": pod.handler,
         "runtimeOptions": _runtime_options(core, pod), "stage": pod.stage, "doing": core.stages.tell(pod.id),
         "config": json_format.MessageToDict(pod.config, preserving_proto_field_name=True),

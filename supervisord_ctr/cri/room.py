@@ -60,7 +60,10 @@ class CriRoom:
         self._exchange = exchange
         root, run = Path(settings.root) / "cri", Path(settings.state) / "cri"
         cni = settings.cri.cni
-        plugins = Cni(ConfigFolder(Path(cni.conf_dir), cni.max_conf_num), cni.bin_dirs, cni.plugin_timeout)
+        plugins = Cni(
+            ConfigFolder(Path(cni.conf_dir), cni.max_conf_num), cni.bin_dirs, cni.plugin_timeout,
+            skip_idle=cni.skip_idle_plugins,
+        )
         bridge = None
         if cni.embedded_bridge:
             bridge = EmbeddedBridge(database.addresses, executors, cni.bridge_name, cni.bridge_subnet)

@@ -98,10 +98,13 @@ def _has_nothing_to_do(plugin: Mapping[str, Any], request: Request) -> bool:
 class Cni:
     """The plugins of this host and the networks of one configuration folder."""
 
-    def __init__(self, folder: ConfigFolder, plugin_folders: Sequence[str], timeout: float = 60.0) -> None:
+    def __init__(
+        self, folder: ConfigFolder, plugin_folders: Sequence[str], timeout: float = 60.0, *, skip_idle: bool = True
+    ) -> None:
         self._folder = folder
         self._plugin_folders = tuple(plugin_folders)
         self._timeout = timeout
+        self._skip_idle = skip_idle
 
     def plan(self) -> list[Attachment]:
         """What a new pod will be attached to; raises `FailedPrecondition` when there is no network."""
@@ -129,20 +132,21 @@ class Cni:
 
     async def _add_one(self, request: Request, attachment: Attachment) -> Attachment:
         previous: Mapping[str, Any] | None = None
-        for plugin in attachment.network.plugins:
-            if previous is not None and _has_nothing_to_do(plugin, request):
-                continue
+        for plugin in self._needed(attachment, request):
             previous = await self._run("ADD", request, attachment, plugin, previous)
         return replace(attachment, result=previous or {})
+
+    def _needed(self, attachment: Attachment, request: Request) -> list[Mapping[str, Any]]:
+        """The plugins to run, in order: the first always, chained ones unless they are known to be idle."""
+        first, *chained = attachment.network.plugins
+        return [first, *(each for each in chained if not (self._skip_idle and _has_nothing_to_do(each, request)))]
 
     async def check(self, request: Request, attachments: Sequence[Attachment]) -> None:
         """Raise `PluginError` when a network is no longer as ADD left it (from 0.4.0 on)."""
         for attachment in attachments:
             if not attachment.network.supports("0.4.0") or attachment.network.disable_check:
                 continue
-            for plugin in attachment.network.plugins:
-                if plugin is not attachment.network.plugins[0] and _has_nothing_to_do(plugin, request):
-                    continue
+            for plugin in self._needed(attachment, request):
                 await self._run("CHECK", request, attachment, plugin, attachment.result)
 
     async def delete(self, request: Request, attachments: Sequence[Attachment]) -> None:
@@ -153,9 +157,7 @@ class Cni:
         failures: list[errors.Error] = []
         for attachment in reversed(attachments):
             try:
-                for plugin in reversed(attachment.network.plugins):
-                    if plugin is not attachment.network.plugins[0] and _has_nothing_to_do(plugin, request):
-                        continue
+                for plugin in reversed(self._needed(attachment, request)):
                     await self._run("DEL", request, attachment, plugin, attachment.result)
             except errors.Error as error:
                 failures.append(error)

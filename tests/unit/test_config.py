@@ -57,7 +57,10 @@ def test_a_moved_state_takes_the_socket_along(tmp_path: Path) -> None:
         ('root = "/x"\nstate = "/x"', "must differ"),
         ('[runtime]\ndefault = "kata"', "not one of runtime.classes"),
         ("root = ", "configuration file"),
-        ('[proxy_plugins.x]\ntype = "snapshot"', "needs type"),
+        ('[proxy_plugins.x]\ntype = "snapshot"', "proxy_plugins.x needs an address"),
+        ('[proxy_plugins.x]\ntype = "content"\naddress = "/s"', "type 'content' is not supported, only snapshot is"),
+        ('[cri]\nmax_log_line = 0', "cri.max_log_line 0 must be from 256"),
+        ('[cri]\nsandbox_image = "pause"', "unknown key cri.sandbox_image"),
         (f'address = "/{"a" * 120}"', "107 bytes"),
     ],
 )

@@ -20,7 +20,7 @@ RESULT = {
 }
 
 
-def make(tmp_path: Path, *types: str, version: str = "1.0.0", **extra: object) -> tuple[cni.Cni, FakePlugins]:
+def make(tmp_path: Path, *types: str, version: str = "1.0.0", skip_idle: bool = True, **extra: object) -> tuple[cni.Cni, FakePlugins]:
     plugins = FakePlugins(tmp_path / "bin")
     for name in types:
         plugins.add(name, RESULT)
@@ -30,7 +30,7 @@ def make(tmp_path: Path, *types: str, version: str = "1.0.0", **extra: object) -
     (folder / "10.conflist").write_text(
         json.dumps({"cniVersion": version, "name": "net", "plugins": listed, **extra})
     )
-    return cni.Cni(ConfigFolder(folder), [str(plugins.folder)], timeout=30), plugins
+    return cni.Cni(ConfigFolder(folder), [str(plugins.folder)], timeout=30, skip_idle=skip_idle), plugins
 
 
 def request(**capabilities: object) -> cni.Request:
@@ -70,6 +70,18 @@ async def test_port_mapping_is_not_started_for_nothing(tmp_path: Path) -> None:
     done = await room.add(request(portMappings=[{"hostPort": 80}]), room.plan())
     await room.delete(request(portMappings=[{"hostPort": 80}]), done)
     assert plugins.calls()[2:] == ["ADD one", "ADD portmap", "DEL portmap", "DEL one"]
+
+
+async def test_every_plugin_is_run_where_none_shall_be_skipped(tmp_path: Path) -> None:
+    room, plugins = make(tmp_path, "one", "portmap", "bandwidth", skip_idle=False)
+    done = await room.add(request(), room.plan())
+    await room.check(request(), done)
+    await room.delete(request(), done)
+    names = ["one", "portmap", "bandwidth"]
+    assert plugins.calls() == [
+        *(f"ADD {name}" for name in names), *(f"CHECK {name}" for name in names),
+        *(f"DEL {name}" for name in reversed(names)),
+    ]
 
 
 async def test_a_failure_speaks_the_plugins_words(tmp_path: Path) -> None:
