@@ -197,11 +197,12 @@ async def _snapshot(core: Core, container: Container, image: ImageRecord) -> tup
         labels[LABEL_UID_MAPPING] = f"{uids[0].inside}:{uids[0].outside}:{uids[0].count}"
         labels[LABEL_GID_MAPPING] = f"{gids[0].inside}:{gids[0].outside}:{gids[0].count}"
     parent = image.chain_id
+    # Not durable by itself: the stored container that needs it is, and takes it along.
     try:
-        return await snapshotter.prepare(CRI_NAMESPACE, container.id, parent, labels)
+        return await snapshotter.prepare(CRI_NAMESPACE, container.id, parent, labels, durable=False)
     except errors.NotFound:
         await core.images.unpack(image, container.snapshotter)
-        return await snapshotter.prepare(CRI_NAMESPACE, container.id, parent, labels)
+        return await snapshotter.prepare(CRI_NAMESPACE, container.id, parent, labels, durable=False)
 
 
 def _volumes(core: Core, container: Container, image: ImageRecord) -> list[pb.Mount]:

@@ -2,11 +2,13 @@
 
 Owns capabilities, privileged mode, seccomp, AppArmor, SELinux, `no_new_privs`, masked and read-only
 paths. A profile that cannot be had is an error that names it; nothing asked for is left out
-silently (D10). SELinux options mean nothing on a kernel without SELinux and are noted in the log.
+silently (D10), with one exception: SELinux options on a kernel without SELinux are noted in the log, once,
+since a kubelet sends them wherever a pod goes and every other runtime starts such a pod.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -155,6 +157,13 @@ def _loaded_profiles() -> set[str]:
     return {line.rpartition(" (")[0] for line in text.splitlines()}
 
 
+@functools.cache
+def _tell_of_selinux() -> None:
+    """Say once what is not honoured: a kubelet sends the options of a pod's author to every node, and a pod
+    that other runtimes start where the kernel has no selinux must start here too."""
+    log.warning("selinux options of containers mean nothing here: this kernel runs without selinux")
+
+
 def _selinux(
     builder: SpecBuilder, context: pb.LinuxContainerSecurityContext, pod: pb.LinuxSandboxSecurityContext
 ) -> None:
@@ -164,7 +173,7 @@ def _selinux(
     asked = bool(options.user or options.role or options.type or options.level)
     if not selinux_enabled():
         if asked:
-            log.warning("selinux options of a container mean nothing here: this kernel runs without selinux")
+            _tell_of_selinux()
         return
     if context.privileged:
         return
