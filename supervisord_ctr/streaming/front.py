@@ -7,6 +7,7 @@ valid request leads to is the server's business (`Router`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Protocol
@@ -184,7 +185,8 @@ class Front(asyncio.Protocol):
             self._transport.close()
             return
         # Closing while bytes of the client are unread would throw our answer away.
-        self._transport.write_eof()
+        with contextlib.suppress(OSError):
+            self._transport.write_eof()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(LINGER, self._transport.abort)

@@ -158,7 +158,8 @@ class Wire(asyncio.Protocol):
             return
         try:
             if self._transport.can_write_eof():
-                self._transport.write_eof()
+                with contextlib.suppress(OSError):  # the peer may have gone just now
+                    self._transport.write_eof()
             else:
                 self._transport.close()
             quiet_since = self._loop.time()
