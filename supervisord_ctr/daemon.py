@@ -58,12 +58,19 @@ from supervisord_ctr.model import Platform
 from supervisord_ctr.oci import limits
 from supervisord_ctr.rpc import Observe, RpcServer
 from supervisord_ctr.runtime import RuntimeConfig, Tasks, Zygote
+from supervisord_ctr.runtime.info import RuntimeInformant
 from supervisord_ctr.services.containers import ContainersService
 from supervisord_ctr.services.content import ContentService
 from supervisord_ctr.services.diff import DiffService
 from supervisord_ctr.services.events import EventsService
 from supervisord_ctr.services.images import ImagesService
-from supervisord_ctr.services.introspection import IntrospectionService, Part, collector_info, server_uuid
+from supervisord_ctr.services.introspection import (
+    IntrospectionService,
+    Part,
+    collector_info,
+    runtime_info,
+    server_uuid,
+)
 from supervisord_ctr.services.leases import LeasesService
 from supervisord_ctr.services.mounts import MountManager, MountsService
 from supervisord_ctr.services.namespaces import NamespacesService
@@ -272,7 +279,8 @@ def parts(settings: Settings, root: Path, database: Database) -> list[Part]:
         found.append(Part("io.containerd.snapshotter.v1", name, error=reason))
     found.append(Part("io.containerd.metadata.v1", "sqlite", {"path": str(root / "metadata.db")}))
     found.append(Part("io.containerd.gc.v1", "scheduler", info=collector_info(database.gc)))
-    found.append(Part("io.containerd.runtime.v2", "task", platform=host_platform()))
+    found.append(Part("io.containerd.runtime.v2", "task", platform=host_platform(),
+                      answer=runtime_info(RuntimeInformant(runtime_config(settings)))))
     found.append(Part("io.containerd.shim.v1", "manager"))
     found.append(Part("io.containerd.differ.v1", "walking", platform=host_platform()))
     found.append(Part("io.containerd.event.v1", "exchange"))

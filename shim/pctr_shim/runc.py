@@ -38,7 +38,7 @@ class Runtime:
         """`name` is a path or is looked up on the PATH; `NotFound` when it is nowhere."""
         path = name if "/" in name else shutil.which(name, path=environment.get("PATH"))
         if path is None or not os.access(path, os.X_OK):
-            raise errors.NotFound(f"oci runtime {name!r} is not installed", kind="runtime", key=name)
+            raise errors.NotFound(f'oci runtime "{name}": executable file not found in $PATH', kind="runtime", key=name)
         return cls(path, root, systemd_cgroup, environment)
 
     def _arguments(self, log: str, command: Sequence[str]) -> list[str]:
@@ -57,6 +57,33 @@ class Runtime:
             return ""
         path = os.path.join(self.root, container_id, "exec.fifo")
         return path if os.path.exists(path) else ""
+
+    def forget(self, container_id: str) -> bool:
+        """Remove a container whose process was reaped, as runc's `delete` does; False leaves it to the program.
+
+        That program removes the cgroups and then the container's folder (libcontainer, `destroy`). Whatever else
+        it had to do, hooks or a cgroup with processes or groups in it, stays its business; what was done here it
+        finds done.
+        """
+        if os.path.basename(self.binary) != "runc" or self.systemd_cgroup:
+            return False
+        folder = os.path.join(self.root, container_id)
+        try:
+            with open(os.path.join(folder, "state.json"), "rb") as file:
+                state = json.load(file)
+            config = state["config"]
+            if (config.get("Hooks") or {}).get("poststop") or state.get("intel_rdt_path"):
+                return False
+            for path in (state["cgroup_paths"] or {}).values():
+                if path:
+                    _remove_group(path)
+            for name in ("exec.fifo", "state.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+            os.rmdir(folder)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return False
+        return True
 
     async def invoke(
         self, reaper: Reaper, log: str, command: Sequence[str], failing: str,
@@ -98,6 +125,14 @@ async def release(fifo: str, gone: Callable[[], bool]) -> None:
         os.close(fd)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(fifo)
+
+
+def _remove_group(path: str) -> None:
+    """Remove one cgroup, which may be gone; only empty folders are."""
+    if not path.startswith("/sys/fs/cgroup/"):
+        raise OSError(f"{path} is no cgroup")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
 
 
 def _read_now(fd: int) -> bytes:

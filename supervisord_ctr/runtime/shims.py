@@ -19,7 +19,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from supervisord_ctr.aio import Executors, KeyedLock, TaskOwner, wait_until
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.bootstrap.v1 import bootstrap_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
-from supervisord_ctr.linux import processes
+from supervisord_ctr.linux import cgroups, processes
 from supervisord_ctr.model import Exit, TypedValue
 from supervisord_ctr.runtime import resolve
 from supervisord_ctr.runtime.bundle import Bundle, Record
@@ -92,6 +92,16 @@ def runc_options(value: TypedValue | None) -> options_pb2.Options | None:
     except DecodeError as error:
         raise errors.InvalidArgument("runtime options are no containerd.runc.v1.Options", kind="options") from error
     return found
+
+
+def cgroup_folders(options: options_pb2.Options | None) -> list[str]:
+    """Folders of the cgroup that a client asks a shim to join; `NotFound` when there is no such cgroup."""
+    if options is None or not options.shim_cgroup:
+        return []
+    folders = sorted({path for path in cgroups.at(options.shim_cgroup).folders.values() if os.path.isdir(path)})
+    if not folders:
+        raise errors.NotFound(f"failed to load cgroup {options.shim_cgroup}: cgroup deleted", kind="cgroup")
+    return folders
 
 
 def socket_path(address: str) -> str:
@@ -238,20 +248,23 @@ class Shims:
             raise errors.InvalidArgument(f"socket path {path} is longer than 107 bytes: choose a shorter state folder")
         runtime, root = self.oci(launch.options)
         group = launch.group or launch.bundle.id
-        forked = await self._fork_once(launch.bundle.namespace, group, path, runtime, root)
+        joined = (*self._config.shim_cgroups, *cgroup_folders(runc_options(launch.options)))
+        forked = await self._fork_once(launch.bundle.namespace, group, path, runtime, root, joined)
         faults.point(_FORKED)
         return Record(
             launch.runtime or self._config.default, "", forked.address, "ttrpc", NEWEST, forked.pid,
             forked.start_time, launch.group, runtime, root,
         )
 
-    async def _fork_once(self, namespace: str, group: str, path: str, runtime: str, root: str) -> Forked:
+    async def _fork_once(
+        self, namespace: str, group: str, path: str, runtime: str, root: str, joined: Sequence[str]
+    ) -> Forked:
         """Ask the zygote; when it dies meanwhile, ask the next one under another path."""
         for attempt in (path, f"{path}-2"):
             try:
                 return await self._zygote.fork_shim(
                     namespace=namespace, group=group, bundle=str(self.sockets), socket_path=attempt,
-                    events=self._events, runtime=runtime, runtime_root=root, cgroups=self._config.shim_cgroups,
+                    events=self._events, runtime=runtime, runtime_root=root, cgroups=joined,
                     oom_score_adj=self._config.shim_oom_score, env=self._config.shim_env, debug=self._config.debug,
                 )
             except errors.Unavailable as error:

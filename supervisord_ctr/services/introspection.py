@@ -10,25 +10,30 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from google.protobuf import empty_pb2
+from google.protobuf import any_pb2, empty_pb2
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.struct_pb2 import Struct
 
 from supervisord_ctr import durable, filters
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2 as pb
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.errors import Code, InvalidArgument, NotFound, Unimplemented
+from supervisord_ctr.errors import Code, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from supervisord_ctr.metadata import Collector, GcReport
 from supervisord_ctr.model import Platform
 from supervisord_ctr.rpc import Context
+from supervisord_ctr.runtime.info import RuntimeInformant
 from supervisord_ctr.services.convert import platform_to_message
 
 #: Answers a question to one part; both sides are what a `google.protobuf.Struct` holds.
 Info: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+#: The same for a part whose question and answer have messages of their own.
+Answer: TypeAlias = Callable[[any_pb2.Any], Awaitable[Message]]
+
+_Read = TypeVar("_Read", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,8 @@ class Part:
     error: str = ""
     #: Answers `PluginInfo` with options (a Struct each way); None for a part that has nothing to add.
     info: Info | None = None
+    #: Answers in its stead, with messages of the part's own.
+    answer: Answer | None = None
 
 
 def collector_info(collector: Collector) -> Info:
@@ -63,6 +70,26 @@ def collector_info(collector: Collector) -> Info:
         return {"removed": removed, "errors": list(report.errors), "seconds": report.seconds, "dry_run": report.dry_run}
 
     return info
+
+
+def runtime_info(informant: RuntimeInformant) -> Answer:
+    """What a runtime can do: a `containerd.types.RuntimeRequest` is answered with a `RuntimeInfo`."""
+
+    async def answer(options: any_pb2.Any) -> types_pb2.RuntimeInfo:
+        return await informant.ask(_read("task", options, types_pb2.RuntimeRequest()))
+
+    return answer
+
+
+def _read(part: str, options: any_pb2.Any, message: _Read) -> _Read:
+    """`options` as `message`: UNIMPLEMENTED when they are something else, INVALID_ARGUMENT when unreadable."""
+    if options.type_url.rpartition("/")[2] != message.DESCRIPTOR.full_name:
+        raise Unimplemented(f"plugin {part} is asked with a {message.DESCRIPTOR.full_name}", kind="plugin", key=part)
+    try:
+        message.ParseFromString(options.value)
+    except DecodeError as error:
+        raise InvalidArgument(f"plugin {part}: unreadable options: {error}", kind="plugin", key=part) from None
+    return message
 
 
 def _adapt(part: Part) -> filters.Adaptor:
@@ -129,15 +156,16 @@ class IntrospectionService(introspection_pb2_grpc.IntrospectionServicer):
 
 
 async def _ask(part: Part, request: pb.PluginInfoRequest, answer: pb.PluginInfoResponse) -> None:
+    if part.error:
+        raise FailedPrecondition(
+            f"plugin {part.type}.{part.id} was not loaded: {part.error}", kind="plugin", key=part.id)
+    if part.answer is not None:
+        found = await part.answer(request.options)
+        answer.extra.type_url, answer.extra.value = found.DESCRIPTOR.full_name, found.SerializeToString()
+        return
     if part.info is None:
         raise Unimplemented(f"plugin {part.type}.{part.id} has no extra information", kind="plugin", key=part.id)
-    question = Struct()
-    if request.options.type_url.rpartition("/")[2] != Struct.DESCRIPTOR.full_name:
-        raise InvalidArgument(f"plugin {part.id} is asked with a google.protobuf.Struct", kind="plugin", key=part.id)
-    try:
-        question.ParseFromString(request.options.value)
-    except DecodeError as error:
-        raise InvalidArgument(f"plugin {part.id}: unreadable options: {error}", kind="plugin", key=part.id) from None
+    question = _read(part.id, request.options, Struct())
     extra = Struct()
     extra.update(await part.info(MessageToDict(question)))
     answer.extra.type_url = Struct.DESCRIPTOR.full_name
