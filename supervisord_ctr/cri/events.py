@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.errors import ResourceExhausted
@@ -86,13 +86,17 @@ class EventHub:
         for listener in self._listeners:
             listener.close()
 
-    async def listen(self) -> AsyncIterator[pb.ContainerEventResponse]:
-        """Events from now on, until the caller stops iterating."""
+    async def listen(
+        self, ready: Callable[[], Awaitable[object]] | None = None
+    ) -> AsyncIterator[pb.ContainerEventResponse]:
+        """Events from now on, until the caller stops iterating; `ready` is awaited once nothing is missed any more."""
         listener = Listener(self._limit)
         if self._closed:
             listener.close()
         self._listeners.add(listener)
         try:
+            if ready is not None:
+                await ready()
             async for event in listener.events():
                 yield event
         finally:

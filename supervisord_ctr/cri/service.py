@@ -206,7 +206,8 @@ class RuntimeService(RuntimeServiceServicer):
     async def GetContainerEvents(
         self, request: pb.GetEventsRequest, context: Any
     ) -> AsyncIterator[pb.ContainerEventResponse]:
-        async for event in self._core.events.listen():
+        # The headers tell the client that it listens: what happens after it has them reaches it.
+        async for event in self._core.events.listen(lambda: context.send_initial_metadata(())):
             yield event
 
     # -- checkpoints ---------------------------------------------------------------------------------
