@@ -210,3 +210,18 @@ class Event:
     namespace: str
     topic: str
     event: TypedValue
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it should be, or that somebody left behind (`pctr doctor`).
+
+    `remedy` says how it goes away: "remove" and "gc" by a repair, "pull" by pulling again, "release"
+    by ending the hold after a repaired database, "hand" by nobody but a person. `size` is in bytes.
+    """
+
+    kind: str
+    id: str
+    problem: str
+    remedy: str
+    size: int = 0

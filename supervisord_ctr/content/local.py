@@ -278,6 +278,13 @@ class LocalContent:
         found = (read_ingest_status(Path(entry.path)) for entry in os.scandir(self._ingests))
         return [status for status in found if status is not None]
 
+    def unreadable_ingests(self) -> list[Path]:
+        """Folders of ingests that no ref can be read from and that no writer is making now."""
+        with self._lock:
+            held = {self.ingest_path(ref) for ref in self._held}
+        paths = [Path(entry.path) for entry in os.scandir(self._ingests)]
+        return [path for path in paths if path not in held and read_ingest_status(path) is None]
+
     def abort(self, ref: str) -> None:
         """Drop an ingest and its bytes; NotFound. A writer that has it open cannot commit any more."""
         faults.point(ABORT)

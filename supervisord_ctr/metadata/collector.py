@@ -326,6 +326,11 @@ class Collector:
                     log.warning("gc: %s", error)
         return GcReport(tuple(removed), tuple(errors), time.monotonic() - begin, dry_run)
 
+    async def unexplained(self) -> list[tuple[str, str, str]]:
+        """What is on disk and has no row: ("", kind, id) with the kinds blob, ingest-data and snapshot-data."""
+        async with self._lock:
+            return await self._unexplained([])
+
     async def _unexplained(self, doomed: list[Node]) -> list[tuple[str, str, str]]:
         """What is on disk and would have no row after `doomed` are gone."""
         run_io = self._executors.run_io

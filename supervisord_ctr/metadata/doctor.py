@@ -6,12 +6,13 @@ it is one, and how it goes away: by `gc`, by pulling again, or by hand.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from supervisord_ctr.errors import Error
 from supervisord_ctr.metadata.database import Database
+from supervisord_ctr.model import Finding
 
 _WORDS = {
     "blob": "a blob that no namespace knows",
@@ -20,19 +21,13 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is not as it should be. `remedy` is "gc", "pull", "release" or "hand"."""
-
-    kind: str
-    id: str
-    problem: str
-    remedy: str
-
-
 @runtime_checkable
-class _WithMissing(Protocol):
+class _Local(Protocol):
+    """What local snapshotters tell beyond the interface."""
+
     def missing(self) -> list[str]: ...
+
+    def strays(self) -> list[tuple[str, int]]: ...
 
 
 async def examine(database: Database, *, verify: bool = False) -> list[Finding]:
@@ -47,10 +42,7 @@ async def examine(database: Database, *, verify: bool = False) -> list[Finding]:
         found.append(Finding("gc", "hold", left, "release"))
     for name, reason in database.unavailable.items():
         found.append(Finding("snapshotter", name, reason, "hand"))
-    report = await database.gc.collect(dry_run=True)
-    for _, kind, key in report.removed:
-        if kind in _WORDS:
-            found.append(Finding(kind, key, _WORDS[kind], "gc"))
+    found += await _unexplained(database)
     for damaged in await run_io(local.damaged):
         found.append(Finding("blob", str(damaged.path), damaged.reason, "hand"))
     on_disk = {info.digest: info.size for info in await run_io(lambda: list(local.walk()))}
@@ -74,7 +66,27 @@ async def examine(database: Database, *, verify: bool = False) -> list[Finding]:
             if backend not in known:
                 problem = "the snapshotter does not know it"
                 found.append(Finding("snapshot", f"{namespace}/{name}/{key}", problem, "hand"))
-        if isinstance(snapshotter.backend, _WithMissing):
+        if isinstance(snapshotter.backend, _Local):
             for key in snapshotter.backend.missing():
                 found.append(Finding("snapshot-data", f"{name}/{key}", "its directory is gone", "hand"))
+            for path, size in await run_io(snapshotter.backend.strays):
+                found.append(Finding("snapshot-directory", path, "a directory that no snapshot has", "gc", size))
+    return found
+
+
+async def _unexplained(database: Database) -> list[Finding]:
+    """What is on disk and no namespace knows; garbage that merely waits for its collection is not among it."""
+    local, run_io = database.content.local, database.executors.run_io
+    found = []
+    sizes = {info.digest: info.size for info in await run_io(lambda: list(local.walk()))}
+    sizes.update({status.ref: status.offset for status in await run_io(local.statuses)})
+    for _, kind, key in await database.gc.unexplained():
+        size = sizes.get(key, 0)
+        if kind == "snapshot-data":
+            name, _, inner = key.partition("/")
+            with contextlib.suppress(Error):
+                size = (await database.snapshotters[name].backend.usage(inner)).size
+        found.append(Finding(kind, key, _WORDS[kind], "gc", size))
+    for path in await run_io(local.unreadable_ingests):
+        found.append(Finding("ingest-data", str(path), "an ingest without a readable state", "gc"))
     return found

@@ -89,6 +89,11 @@ class Addresses:
 
         await self._engine.write(work)
 
+    async def all(self) -> list[tuple[str, str, str]]:
+        """(network, address, owner) of every network."""
+        rows = self._engine.rows("SELECT network, address, owner FROM addresses ORDER BY network, address")
+        return [(str(network), str(address), str(owner)) for network, address, owner in rows]
+
     async def list(self, network: str) -> list[tuple[str, str]]:
         """(address, owner) pairs."""
         rows = self._engine.rows("SELECT address, owner FROM addresses WHERE network = ?", (network,))

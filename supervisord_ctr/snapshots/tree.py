@@ -387,6 +387,15 @@ class LocalSnapshotter:
 
         return await self.executors.run_io(remove)
 
+    def strays(self) -> list[tuple[str, int]]:
+        """Directories without a record, and removed ones that are still there: path and size. Blocks."""
+        found = [
+            self.root / "snapshots" / name for name in os.listdir(self.root / "snapshots")
+            if not (name.isdigit() and (int(name) in self._by_id or int(name) in self._making))
+        ]
+        found += [self.root / "trash" / name for name in os.listdir(self.root / "trash")]
+        return [(str(path), disk_usage(path).size) for path in found]
+
     def upper_dir(self, key: str) -> Path | None:
         """See `Snapshotter.upper_dir`."""
         record = self._get(key)
