@@ -111,7 +111,7 @@ async def take_orphans_away(core: Core) -> None:
     """Everything that belongs to no pod and no container; repeated with growing pauses until it worked."""
     pause_time = _FIRST_RETRY
     while True:
-        left = await _one_pass(core)
+        left = await one_pass(core)
         if not left:
             break
         log.warning("%d things that belong to no pod could not be taken away yet", left)
@@ -125,9 +125,9 @@ async def take_orphans_away(core: Core) -> None:
         log.info("network plugins collected no garbage: %s", error.message)
 
 
-async def _one_pass(core: Core) -> int:
+async def one_pass(core: Core) -> int:
     """One attempt; returns how many things are left."""
-    left = len(await core.networks.release_orphans(_wanted_networks(core)))
+    left = len(await core.networks.release_orphans(wanted_networks(core)))
     for step in (_environments, _stored_containers, _snapshots, _volumes, _folders):
         try:
             left += await step(core)
@@ -137,7 +137,7 @@ async def _one_pass(core: Core) -> int:
     return left
 
 
-def _wanted_networks(core: Core) -> set[str]:
+def wanted_networks(core: Core) -> set[str]:
     """Pods that are ready, or are being made or stopped right now."""
     return {pod.id for pod in core.state.pods() if pod.ready} | set(core.stages.all())
 
@@ -220,8 +220,13 @@ async def _leftover_folders(core: Core, folder: Path) -> int:
             return 0
         for entry in list(folder.iterdir()):
             if entry.name not in known and entry.name not in busy:
-                system_mounts.unmount_below(entry)
-                shutil.rmtree(entry, ignore_errors=True)
+                remove_folder(entry)
         return 0
 
     return await core.executors.run_io(sweep, {container.id for container in core.state.containers()})
+
+
+def remove_folder(folder: Path) -> None:
+    """Unmount what is below a folder and remove it. Blocks."""
+    system_mounts.unmount_below(folder)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -136,6 +136,12 @@ class Cgroup:
             found.update(int(word) for word in read(f"{folder}/cgroup.procs").split())
         return sorted(found)
 
+    def populated(self) -> bool:
+        """Whether any process is in the group or below it, in whichever tree."""
+        return any(
+            read(f"{path}/cgroup.procs") for folder in set(self.folders.values()) for path in _subtree(folder)
+        )
+
     def add(self, pid: int) -> None:
         """Move `pid` into every folder of the group."""
         for folder in set(self.folders.values()):

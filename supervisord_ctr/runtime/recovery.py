@@ -63,6 +63,21 @@ async def recover(tasks: Tasks) -> None:
         log.info("found %d tasks of a former daemon, %d of them run on", len(found), len(tasks))
 
 
+async def reconsider(tasks: Tasks, bundle: Bundle) -> None:
+    """Do about one bundle without a task what a start does: adopt what runs, remove what does not."""
+    async with tasks.lock(bundle):
+        if (bundle.namespace, bundle.id) in tasks.known():
+            return
+        record = await tasks.run_io(bundle.read_record)
+        if record is None:
+            await _look(tasks, bundle)
+            return
+        task = tasks.adopt(bundle, record)
+    job = await _attend(tasks, task)
+    if job is not None:
+        await asyncio.wait((job,), timeout=_PATIENCE)
+
+
 async def _look(tasks: Tasks, bundle: Bundle) -> asyncio.Task[None] | None:
     """One bundle; returns the clean-up that it started, if any."""
     record = await tasks.run_io(bundle.read_record)
@@ -182,6 +197,10 @@ async def _dismiss_strays(tasks: Tasks) -> None:
     known = tasks.known_sockets()
     for path in await tasks.run_io(_sockets, tasks.shims.sockets):
         if str(path) not in known:
+            with contextlib.suppress(errors.Error):
+                if serves := await tasks.shims.containers_at(str(path)):
+                    log.error("a shim at %s serves %s, but no bundle tells of it", path, ", ".join(serves))
+                    continue
             log.warning("a shim at %s belongs to no task, ending it", path)
             await tasks.shims.dismiss("default", str(path))
 

@@ -96,17 +96,36 @@ class Sandboxes:
     async def recover(self) -> None:
         """Connect to the shims of a former daemon's sandboxes; remove what is left of dead ones."""
         for bundle in await self._tasks.run_io(bundles.find_all, self._state):
-            record = await self._tasks.run_io(bundle.read_record)
-            try:
-                if record is None:
-                    raise errors.NotFound("no record")
-                shim = await self._tasks.shims.connect(bundle, record, timeout=self._tasks.config.load_timeout)
-            except errors.Error as error:
-                log.warning("sandbox %s in %s is gone: %s", bundle.id, bundle.namespace, error)
-                with contextlib.suppress(errors.Error):
-                    await self._tasks.run_io(bundle.delete)
-                continue
-            self._hold(_Held(bundle, shim, bundle.path.stat().st_mtime, started=True))
+            await self.reconsider(bundle)
+
+    async def reconsider(self, bundle: Bundle) -> None:
+        """Hold the sandbox of a bundle when its shim answers, remove what is left of it otherwise."""
+        record = await self._tasks.run_io(bundle.read_record)
+        try:
+            if record is None:
+                raise errors.NotFound("no record")
+            shim = await self._tasks.shims.connect(bundle, record, timeout=self._tasks.config.load_timeout)
+        except errors.Error as error:
+            log.warning("sandbox %s in %s is gone: %s", bundle.id, bundle.namespace, error)
+            with contextlib.suppress(errors.Error):
+                await self._tasks.run_io(bundle.delete)
+            return
+        self._hold(_Held(bundle, shim, bundle.path.stat().st_mtime, started=True))
+
+    def holds(self, namespace: str, sandbox: str) -> bool:
+        """Whether a sandbox is there, or is being made or taken away right now."""
+        return (namespace, sandbox) in self._held or self._locks.locked((namespace, sandbox))
+
+    async def recheck(self, bundle: Bundle) -> None:
+        """`reconsider` a bundle that may belong to a sandbox by now."""
+        async with self._locks.hold((bundle.namespace, bundle.id)):
+            if (bundle.namespace, bundle.id) not in self._held:
+                await self.reconsider(bundle)
+
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        """Where bundles and working folders of sandboxes are."""
+        return self._state, self._root
 
     def _hold(self, held: _Held) -> None:
         self._held[held.bundle.namespace, held.bundle.id] = held

@@ -32,6 +32,7 @@ from supervisord_ctr.aio import Executors, KeyedLock, TaskOwner, wait_until
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.bootstrap.v1 import bootstrap_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
+from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.linux import cgroups, processes
 from supervisord_ctr.model import Exit, TypedValue
 from supervisord_ctr.runtime import resolve
@@ -48,6 +49,8 @@ _FORKED = faults.declare("runtime.shim.forked", "a shim process runs and nothing
 
 #: Newest task API that we speak.
 NEWEST = 3
+#: What our own shims serve beside the task API.
+SHIM_SERVICE = "pctr.shim.v1.Shim"
 _RUNC_OPTIONS = "containerd.runc.v1.Options"
 #: Exit status when nothing is known: never 0 (P13).
 UNKNOWN_EXIT = 255
@@ -162,6 +165,8 @@ class Shims:
         self._dialing = KeyedLock()
         self._logs = ShimLogs(owner)
         self._found: dict[str, str] = {}
+        #: Sockets of shims that are being started: no bundle tells of them yet.
+        self.starting: set[str] = set()
         #: Told of a shim whose connection ended while it had tasks.
         self.on_lost: Callable[[Shim], Awaitable[None]] | None = None
 
@@ -213,6 +218,8 @@ class Shims:
                 except BaseException:
                     await self.dismiss(bundle.namespace, socket_path(record.address))
                     raise
+                finally:
+                    self.starting.discard(socket_path(record.address).removesuffix("-2"))
             shim.tasks.add(bundle.id)
         return shim
 
@@ -249,7 +256,12 @@ class Shims:
         runtime, root = self.oci(launch.options)
         group = launch.group or launch.bundle.id
         joined = (*self._config.shim_cgroups, *cgroup_folders(runc_options(launch.options)))
-        forked = await self._fork_once(launch.bundle.namespace, group, path, runtime, root, joined)
+        self.starting.add(path)
+        try:
+            forked = await self._fork_once(launch.bundle.namespace, group, path, runtime, root, joined)
+        except BaseException:
+            self.starting.discard(path)
+            raise
         faults.point(_FORKED)
         return Record(
             launch.runtime or self._config.default, "", forked.address, "ttrpc", NEWEST, forked.pid,
@@ -271,6 +283,28 @@ class Shims:
                 last = error
                 await self.dismiss(namespace, attempt)
         raise last
+
+    async def containers_at(self, path: str) -> list[str]:
+        """Ids of the containers that a shim of ours at `path` serves; `NotFound` when nothing listens there."""
+        try:
+            client = await Client.connect(path)
+        except errors.Unavailable as error:
+            if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+                raise errors.NotFound(f"no shim listens at {path}", kind="shim", key=path) from error
+            raise
+        try:
+            answer = await TaskService(client, "default", NEWEST).call_service(
+                SHIM_SERVICE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse, self._config.state_timeout)
+        finally:
+            await client.close()
+        return [container.id for container in answer.containers]
+
+    async def remove_state(self, namespace: str, container: str, bundle: Path) -> None:
+        """Take away what the OCI runtime still keeps of a container that is dead."""
+        runtime, root = self.oci(None)
+        await asyncio.wait_for(
+            self._zygote.cleanup(namespace=namespace, container=container, bundle=str(bundle), runtime=runtime,
+                                 runtime_root=root), self._config.cleanup_timeout * 3)
 
     async def dismiss(self, namespace: str, path: str) -> None:
         """End a shim that serves nothing, and remove its socket: one that nobody could be told of."""

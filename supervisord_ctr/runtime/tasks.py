@@ -156,8 +156,8 @@ class Tasks:
         self.shims.forget_log(bundle)
         await self._executors.run_io(bundle.delete)
 
-    def lock(self, task: Task) -> AbstractAsyncContextManager[None]:
-        """The lock that mutations of `task` hold."""
+    def lock(self, task: Task | Bundle) -> AbstractAsyncContextManager[None]:
+        """The lock that mutations of a task hold."""
         return self._locks.hold((task.namespace, task.id))
 
     async def drop(self, task: Task) -> None:

@@ -13,9 +13,10 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from supervisord_ctr.linux import namespaces
 
 log = logging.getLogger(__name__)
 
+_INTERFACE = re.compile(r"pc[0-9a-f]{12}\Z")
 _NFT_FOLDERS = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
@@ -85,6 +87,23 @@ class EmbeddedBridge:
         """Take the interface and the port mappings away and give the address back."""
         await self._executors.run_io(self._detach, owner)
         await self._addresses.release(str(self._subnet), owner)
+
+    def stray_interfaces(self, owners: Collection[str]) -> list[str]:
+        """The host's ends of pairs on this bridge that belong to none of `owners`. Blocks."""
+        known = {interface_name(owner) for owner in owners}
+        try:
+            ports = os.listdir(f"/sys/class/net/{self._name}/brif")
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in ports if _INTERFACE.match(name) and name not in known)
+
+    def remove_interface(self, name: str) -> None:
+        """Take away one end of a pair, and so the other. Blocks; one that is gone is fine."""
+        from pyroute2 import IPRoute
+
+        with IPRoute() as route:
+            for index in route.link_lookup(ifname=name):
+                route.link("del", index=index)
 
     def _ensure_bridge(self) -> None:
         from pyroute2 import IPRoute
