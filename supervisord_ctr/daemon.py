@@ -44,6 +44,7 @@ from supervisord_ctr.api.services.version.v1.version_pb2_grpc import add_Version
 from supervisord_ctr.config import Config
 from supervisord_ctr.content import LocalContent
 from supervisord_ctr.cri.fetcher import PullerFetcher
+from supervisord_ctr.cri.orphans import PodOrphans
 from supervisord_ctr.cri.room import CriRoom
 from supervisord_ctr.diff.pool import UnpackPool
 from supervisord_ctr.events import Exchange
@@ -59,12 +60,15 @@ from supervisord_ctr.oci import limits
 from supervisord_ctr.rpc import Observe, RpcServer
 from supervisord_ctr.runtime import RuntimeConfig, Tasks, Zygote
 from supervisord_ctr.runtime.info import RuntimeInformant
+from supervisord_ctr.runtime.orphans import TaskOrphans
 from supervisord_ctr.services.containers import ContainersService
 from supervisord_ctr.services.content import ContentService
 from supervisord_ctr.services.diff import DiffService
+from supervisord_ctr.services.doctor import Doctor, Examiner, MountExaminer, StoreExaminer, doctor_info
 from supervisord_ctr.services.events import EventsService
 from supervisord_ctr.services.images import ImagesService
 from supervisord_ctr.services.introspection import (
+    Info,
     IntrospectionService,
     Part,
     collector_info,
@@ -194,16 +198,19 @@ class Daemon:
         server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
         server.add(f"{native}events.v1.Events", add_EventsServicer_to_server, EventsService(exchange))
         server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server, TasksService(tasks, database, executors))
-        server.add(f"{native}introspection.v1.Introspection", add_IntrospectionServicer_to_server,
-                   IntrospectionService(parts(settings, root, database), server_uuid(root)))
         server.add(f"{native}mounts.v1.Mounts", add_MountsServicer_to_server, MountsService(mounts))
         server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
         server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server,
                    SandboxControllerService({"shim": tasks.sandboxes}, exchange))
+        cri: CriRoom | None = None
         if settings.cri.enabled:
             cri = CriRoom(settings, database, tasks, zygote, exchange, executors,
                           PullerFetcher(puller, settings.cri.image_pull_progress_timeout))
             await self._serve_kubernetes(stack, server, cri)
+        told = [*parts(settings, root, database),
+                Part("io.supervisord-ctr.doctor.v1", "doctor", info=doctor(root, state, database, mounts, tasks, cri))]
+        server.add(f"{native}introspection.v1.Introspection", add_IntrospectionServicer_to_server,
+                   IntrospectionService(told, server_uuid(root)))
         return server
 
     async def _serve_kubernetes(self, stack: AsyncExitStack, server: RpcServer, cri: CriRoom) -> None:
@@ -267,6 +274,20 @@ def timeouts(settings: Settings) -> Timeouts:
     """The registry client's patience."""
     told = settings.registry
     return Timeouts(told.connect_timeout, told.header_timeout, told.stall_timeout, told.minimum_rate)
+
+
+def doctor(
+    root: Path, state: Path, database: Database, mounts: MountManager, tasks: Tasks, cri: CriRoom | None
+) -> Info:
+    """Who finds what was left behind: one examiner for each room."""
+
+    async def namespaces() -> list[str]:
+        return [namespace.name for namespace in await database.namespaces.list()]
+
+    examiners: list[Examiner] = [TaskOrphans(tasks, state, namespaces), MountExaminer(root, state, mounts, database)]
+    if cri is not None:
+        examiners.insert(0, PodOrphans(cri.core, database.addresses))
+    return doctor_info(Doctor(examiners, StoreExaminer(database)))
 
 
 def parts(settings: Settings, root: Path, database: Database) -> list[Part]:

@@ -91,6 +91,7 @@ class MountManager:
         self, folder: Path, database: Database, executors: Executors, *, roots: Sequence[Path] = ()
     ) -> None:
         self._folder = folder
+        self._making: set[str] = set()
         self._roots = tuple(os.path.realpath(root) for root in (folder, *roots))
         self._records = database.activations
         self._database = database
@@ -130,6 +131,7 @@ class MountManager:
             else:
                 raise AlreadyExists(f"mount {name!r}: already exists", kind="mount", key=name)
             folder = self._folder / f"{time.time_ns():x}"
+            self._making.add(str(folder))
             try:
                 active, system = await self._executors.run_io(self._perform, folder, list(mounts), count, temporary)
                 made = Activation(name, active, system, dict(labels or {}), lease or "", str(folder))
@@ -139,6 +141,8 @@ class MountManager:
                 if isinstance(error, OSError):
                     raise from_os_error(error, f"mount {name!r}") from error
                 raise
+            finally:
+                self._making.discard(str(folder))
             return made
 
     def _perform(
@@ -200,6 +204,22 @@ class MountManager:
             os.rmdir(os.path.join(folder, name))
         if os.path.isdir(folder):
             os.rmdir(folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where activations are mounted."""
+        return self._folder
+
+    async def strays(self) -> list[str]:
+        """Folders without a record: what a failed deactivation left."""
+        listed = await self._executors.run_io(lambda: sorted(entry.path for entry in os.scandir(self._folder)))
+        kept = {_load(name, text).folder for _, name, text in await self._records.list()}
+        return [path for path in listed if path not in kept and path not in self._making]
+
+    async def remove_stray(self, path: str) -> None:
+        """Unmount and remove one of `strays`."""
+        if path in await self.strays():
+            await self._executors.run_io(self._unmount, path)
 
     async def deactivate(self, namespace: str, name: str) -> None:
         """Unmount and forget; NotFound."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from pctr import output
 from pctr.command import Command, Context, Failed
 
 if TYPE_CHECKING:
     from pctr.command import Arguments
+
+
+_REMEDIES = (
+    (("remove", "gc"), "to remove: 'pctr doctor --repair'"),
+    (("pull",), "to fetch again: 'pctr image pull'"),
+    (("release",), "held back after a repaired database: 'pctr gc --release'"),
+    (("hand",), "to look at: a repair leaves it alone"),
+)
 
 
 def _arguments(parser: Arguments) -> None:
@@ -29,18 +38,32 @@ def _run(context: Context) -> int:
         report = None
     if report is None:
         raise Failed("this daemon does not examine itself")
-    table = output.Table("KIND", "ID", "PROBLEM", "REMEDY", "STATE")
+    table = output.Table("KIND", "ID", "SIZE", "PROBLEM", "REMEDY", "STATE", right=("SIZE",))
     found = report.get("findings") or []
     for entry in found:
-        table.add(entry.get("kind"), entry.get("id"), entry.get("problem"), entry.get("remedy"),
-                  entry.get("state") or "found")
+        size = int(entry.get("size") or 0)
+        table.add(entry.get("kind"), entry.get("id"), output.size(size) if size else output.Cell(None, "-"),
+                  entry.get("problem"), entry.get("remedy"), entry.get("state") or "found")
     if found or context.args.format == "json":
         table.show(context.args)
     else:
         print("nothing is left behind")
-    left = [entry for entry in found if entry.get("state") not in ("repaired", "removed")]
+    left = [entry for entry in found if entry.get("state") != "removed"]
+    if left and context.args.format == "table":
+        print(_advice(left, repair), file=sys.stderr)
     return 1 if left else 0
 
 
-COMMAND = Command("doctor", "find and repair what was left behind", "pctr doctor\npctr doctor --repair", _arguments,
+def _advice(left: list[dict[str, Any]], repair: bool) -> str:
+    """What to do about the rest, in one line for each remedy."""
+    lines = []
+    for remedies, words in _REMEDIES:
+        count = sum(entry.get("remedy") in remedies for entry in left)
+        if count:
+            doing = "could not be removed" if repair and "remove" in remedies else words
+            lines.append(f"{count} {doing}")
+    return "\n".join(lines)
+
+
+COMMAND = Command("doctor", "find and repair what was left behind", "pctr doctor\npctr doctor --repair\npctr doctor --verify --format json", _arguments,
                   _run)
