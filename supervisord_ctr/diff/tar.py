@@ -158,7 +158,8 @@ class TarReader:
         long_name = long_link = b""
         for _ in range(MAX_EXTENDED):
             if self._left or self._padding:
-                self._skip(self._left + self._padding)
+                self._skip(self._left)
+                self._take(self._padding)  # builders that stop behind the last byte (umoci insert) leave it out
                 self._left = self._padding = 0
             block = self._take(_BLOCK)
             if len(block) < _BLOCK:

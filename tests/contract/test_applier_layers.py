@@ -82,6 +82,16 @@ def _picture(path: Path) -> list[tuple[object, ...]]:
 
 # What comes out.
 
+def test_the_last_entry_may_end_the_stream(apply: Apply, target: Path) -> None:
+    whole = layer(file("first", b"1" * 700), file("last", b"2" * 700))
+    end = whole.index(b"2" * 700) + 700
+    for cut in (end, end + 100, end + 324):
+        assert apply(whole[:cut], target, limits=Limits()).diff_id == digest_of(whole[:cut])
+        assert (target / "last").read_bytes() == b"2" * 700
+    with pytest.raises(InvalidArgument, match="inside an entry"):
+        apply(whole[:end - 1], target, limits=Limits())
+
+
 @pytest.mark.parametrize("compression", ["gzip", "zstd", ""])
 def test_every_kind_of_entry_comes_out_exactly(apply: Apply, target: Path, compression: str) -> None:
     tar = layer(
