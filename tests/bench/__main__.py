@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.bench import disk, kubernetes, machine, plots, report, scale, tasks
+from tests.bench import disk, flame, kubernetes, machine, plots, report, scale, tasks
 from tests.bench.images import Registry, build
 from tests.bench.measure import Case, Result, Session, pick, run_case, say
 from tests.bench.pulls import Pull, PullCommand
@@ -41,6 +41,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plots", metavar="DIR", help="draw plots as SVG files into DIR")
     parser.add_argument("--details", metavar="FILE", help="write machine and every sample as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--flames", metavar="DIR", help="draw flame graphs of our daemon into DIR (needs py-spy)")
     parser.add_argument("--work", metavar="DIR", help="parent of the folder for everything (default /var/tmp)")
     parser.add_argument("--ours", action="store_true", help="measure only this project's daemon")
     parser.add_argument("--keep-logs", metavar="DIR", help="copy the logs of both daemons into DIR at the end")
@@ -71,6 +72,8 @@ def measure(options: argparse.Namespace, cases: list[Case], work: Path, failures
             for line in report.table(taken).splitlines()[2:]:
                 say(f"    {line}")
             results += taken
+            if options.flames:
+                _flame(case, session, Path(options.flames), failures)
         return results
     finally:
         for subject in subjects:
@@ -80,6 +83,20 @@ def measure(options: argparse.Namespace, cases: list[Case], work: Path, failures
                 shutil.copyfile(subject.folder / "log", target / f"{subject.name}.log")
             subject.sweep()
         registry.close()
+
+
+def _flame(case: Case, session: Session, folder: Path, failures: list[str]) -> None:
+    """One more round on our daemon, sampled."""
+    subject = session.subjects[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        case.ready(session, subject)
+        stacks = flame.record({subject.pid: "daemon"}, lambda: case.measure(session, subject), session.work)
+        (folder / f"flame-{case.name}.svg").write_text(flame.render(flame.tree(stacks), case.text), encoding="utf-8")
+    except Exception as error:
+        failures.append(f"{case.name}: flame graph: {error}")
+    finally:
+        case.done(session, subject)
 
 
 def main(words: list[str] | None = None) -> int:
