@@ -141,7 +141,9 @@ class Tour:
     """Runs commands as a user would type them, and shows them."""
 
     def __init__(self, address: Path) -> None:
-        self._environment = {**os.environ, "PCTR_ADDRESS": str(address), "PCTR_NAMESPACE": "demo",
+        #: One of its own: demonstrations may run side by side.
+        self.namespace = f"demo-{os.getpid()}"
+        self._environment = {**os.environ, "PCTR_ADDRESS": str(address), "PCTR_NAMESPACE": self.namespace,
                              "PATH": f"{BIN}:{os.environ['PATH']}"}
 
     def __call__(self, *words: str, shown: bool = True, status: int = 0) -> float:
@@ -188,6 +190,8 @@ def main() -> None:
         tour("pctr", "task", "kill", "-s", "KILL", "sleeper", shown=False)
         tour("pctr", "task", "rm", "--force", "sleeper", shown=False, status=137)  # the task's own
         tour("pctr", "container", "rm", "sleeper", shown=False)
+        tour("pctr", "image", "rm", "--sync", image, shown=False)
+        tour("pctr", "namespace", "rm", "--cgroup", tour.namespace, shown=False)
         whole = time.monotonic() - started
         print(f"\npulled in {pulled:.2f} s, ran in {ran:.2f} s, everything in {whole:.2f} s", flush=True)
 

@@ -330,6 +330,31 @@ def at(path: str) -> Cgroup:
     return Cgroup({name: top + inner for name, top in tree.controllers.items() if name != "systemd"})
 
 
+def everywhere(path: str) -> list[str]:
+    """The folders of the group at `path` in every tree that has it: v1 controllers, systemd's own tree, and v2."""
+    inner = "/" + path.strip("/")
+    tree = hierarchy()
+    tops = dict.fromkeys([*tree.controllers.values(), *([tree.unified] if tree.unified else [])])
+    return [top + inner for top in tops if os.path.isdir(top + inner)]
+
+
+def remove_empty(path: str) -> list[str]:
+    """Remove the group at `path` and those below it from every tree; returns the folders that are gone.
+
+    `OSError` EBUSY, and nothing is removed, while a process is in any of them.
+    """
+    folders = everywhere(path)
+    for folder in folders:
+        for inner in _subtree(folder):
+            if read(f"{inner}/cgroup.procs"):
+                raise OSError(errno.EBUSY, "processes are in the control group", inner)
+    for folder in folders:
+        for inner in reversed(list(_subtree(folder))):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(inner)
+    return folders
+
+
 def create(path: str) -> Cgroup:
     """Make the group at `path` in every tree; existing parts are kept.
 

@@ -65,5 +65,7 @@ def _advice(left: list[dict[str, Any]], repair: bool) -> str:
     return "\n".join(lines)
 
 
-COMMAND = Command("doctor", "find and repair what was left behind", "pctr doctor\npctr doctor --repair\npctr doctor --verify --format json", _arguments,
-                  _run)
+COMMAND = Command(
+    "doctor", "find and repair what was left behind",
+    "pctr doctor\npctr doctor --repair\npctr doctor --verify --format json", _arguments, _run,
+)

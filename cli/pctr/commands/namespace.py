@@ -68,7 +68,20 @@ def _label(context: Context) -> None:
 
 
 def _remove_arguments(parser: Arguments) -> None:
+    parser.add_argument("-c", "--cgroup", action="store_true", help="also remove the namespace's empty cgroups here")
     parser.add_argument("names", nargs="+", metavar="NAME")
+
+
+def _remove_cgroups(name: str) -> None:
+    """The cgroups `/NAME` of this machine, in every hierarchy; those with processes stay."""
+    from supervisord_ctr.linux import cgroups
+    from supervisord_ctr.names import check_identifier
+
+    check_identifier(name, "namespace")
+    try:
+        cgroups.remove_empty(f"/{name}")
+    except OSError as error:
+        raise errors.from_os_error(error, f"namespace {name} is removed, its cgroup is not") from error
 
 
 def _remove(context: Context) -> int:
@@ -81,6 +94,8 @@ def _remove(context: Context) -> int:
     for name in context.args.names:
         try:
             context.client.unary(NAMESPACES + "Delete", namespaces_pb2.DeleteNamespaceRequest(name=name), Empty)
+            if context.args.cgroup:
+                _remove_cgroups(name)
             print(name)
         except errors.Error as error:
             output.warn(str(error))
@@ -92,6 +107,6 @@ COMMANDS = (
     Command("ls", "list namespaces", "pctr namespace ls", _list_arguments, _list, ("list",)),
     Command("create", "create a namespace", "pctr namespace create team env=test", _create_arguments, _create, ("c",)),
     Command("label", "change a namespace's labels", "pctr namespace label team env=prod", _label_arguments, _label),
-    Command("rm", "remove empty namespaces", "pctr namespace rm team", _remove_arguments, _remove,
-            ("remove", "delete", "del")),
+    Command("rm", "remove empty namespaces", "pctr namespace rm team\npctr namespace rm --cgroup team",
+            _remove_arguments, _remove, ("remove", "delete", "del")),
 )
