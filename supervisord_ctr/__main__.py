@@ -13,11 +13,12 @@ import os
 import sys
 from pathlib import Path
 
-from supervisord_ctr import __version__, config, errors, logs
+from supervisord_ctr import __version__, config, errors, logs, settings
 
 EPILOG = """examples:
   supervisord-ctr                                   run with /etc/supervisord-ctr/config.toml, if it exists
   supervisord-ctr --root /srv/ctr --log-level debug run in a folder of its own
+  supervisord-ctr --config my.toml --address /run/my.sock   take another configuration and another socket
   supervisord-ctr config show                       print every value in force and where it came from
 """
 
@@ -31,18 +32,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--config", metavar="FILE", type=Path, help=f"configuration file (default {config.DEFAULT_PATH})")
-    made.add_argument("--root", metavar="DIR", help="folder of what must survive a reboot")
-    made.add_argument("--state", metavar="DIR", help="folder of what a reboot may take")
-    made.add_argument("--address", metavar="SOCKET", help="path of the socket")
-    made.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
-    made.add_argument("--log-format", metavar="FORMAT", help="text or json")
+    usual = settings.Settings()
+    made.add_argument("--root", metavar="DIR", help=f"folder of what must survive a reboot (default {usual.root})")
+    made.add_argument("--state", metavar="DIR", help=f"folder of what a reboot may take (default {usual.state})")
+    made.add_argument("--address", metavar="SOCKET", help=f"path of the socket (default {usual.address})")
+    made.add_argument("--log-level", metavar="LEVEL",
+                      help=f"debug, info, warning or error (default {usual.log_level})")
+    made.add_argument("--log-format", metavar="FORMAT", help=f"text or json (default {usual.log_format})")
     made.add_argument("--version", action="version", version=f"supervisord-ctr {__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND")
     show = commands.add_parser("config", help="look at the configuration", description="look at the configuration",
                                epilog="example:\n  supervisord-ctr --config my.toml config show --format json",
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     show.add_argument("action", choices=["show"], help="print every value in force and its origin")
-    show.add_argument("--format", choices=["toml", "json"], default="toml")
+    show.add_argument("--format", choices=["toml", "json"], default="toml", help="how to print (default toml)")
     return made
 
 

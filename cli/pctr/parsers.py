@@ -8,10 +8,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pctr.command import Command, global_options
 from pctr.commands import GROUPS, load
+
+#: Examples in the help of a group.
+_GROUP_EXAMPLES = 3
+#: Help of positional arguments that need no words of their own.
+_WORDS = {
+    "IMAGE": "name of an image", "CONTAINER": "id of a container", "DIGEST": "digest of a blob, such as sha256:…",
+    "REF": "name of an ingest", "KEY": "key of a snapshot", "PARENT": "snapshot to stand on", "NAME": "its name",
+    "ID": "its id", "POD": "id, beginning of an id, name or NAMESPACE/NAME", "FOLDER": "a folder of this machine",
+    "KEY=VALUE": "label to set", "[COMMAND …]": "what would run in it",
+    "CONTAINER COMMAND …": "id of a container and what to run in it",
+    "IMAGE [ID [COMMAND …]]": "image, id of the container (made up when not given) and what to run in it",
+}
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -29,9 +42,22 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **values: Any) -> None:
         super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False, **values})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse has it, but the parser that knows best complains, not the outermost one."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+    def add_argument(self, *names: str, **values: Any) -> Any:
+        """As argparse has it; a word that means the same everywhere is explained here."""
+        if not names[0].startswith("-") and "help" not in values and values.get("metavar") in _WORDS:
+            values["help"] = _WORDS[values["metavar"]]
+        return super().add_argument(*names, **values)
+
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where help is; exit with 2."""
-        self.exit(2, f"pctr: {message}\npctr: see '{self.prog} --help'\n")
+        """Say what is wrong and where help is, on one line; exit with 2."""
+        self.exit(2, f"pctr: {message}; see '{self.prog} --help'\n")
 
 
 def _leaf(subparsers: Any, command: Command, prog: str) -> None:
@@ -45,6 +71,13 @@ def _leaf(subparsers: Any, command: Command, prog: str) -> None:
 def _epilog(command: Command) -> str:
     lines = command.example.strip().splitlines()
     return "\n".join(["examples:" if len(lines) > 1 else "example:", *(f"  {line}" for line in lines)])
+
+
+def _group_epilog(name: str, commands: Sequence[Command]) -> str:
+    """The first example of each of the first commands, and where to read on."""
+    lines = [command.example.strip().splitlines()[0] for command in commands[:_GROUP_EXAMPLES]]
+    word = "examples:" if len(lines) > 1 else "example:"
+    return "\n".join([word, *(f"  {line}" for line in lines), "", f"More about one: pctr {name} COMMAND --help"])
 
 
 def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -66,9 +99,7 @@ def group_parser(name: str, argv: list[str]) -> argparse.ArgumentParser:
         return parser
     word = next((word for word in argv if not word.startswith("-")), "")
     chosen = [command for command in commands if word == command.name or word in command.aliases]
-    parser = Parser(
-        prog=f"pctr {name}", description=summary, epilog=f"example:\n  {commands[0].example.strip().splitlines()[0]}",
-    )
+    parser = Parser(prog=f"pctr {name}", description=summary, epilog=_group_epilog(name, commands))
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands", parser_class=Parser)
     for command in chosen or commands:
         _leaf(subparsers, command, f"pctr {name}")
@@ -85,7 +116,9 @@ def full_parser() -> argparse.ArgumentParser:
         if isinstance(commands, Command):
             _leaf(groups, commands, "pctr")
             continue
-        inner = groups.add_parser(name, help=group.summary, aliases=list(group.aliases), prog=f"pctr {name}")
+        inner = groups.add_parser(
+            name, help=group.summary, aliases=list(group.aliases), prog=f"pctr {name}",
+            description=group.summary[:1].upper() + group.summary[1:] + ".", epilog=_group_epilog(name, commands))
         subparsers = inner.add_subparsers(metavar="COMMAND", parser_class=Parser)
         for command in commands:
             _leaf(subparsers, command, f"pctr {name}")
