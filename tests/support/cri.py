@@ -28,6 +28,7 @@ import grpc
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.api.cri.v1.cri_pb2_grpc import ImageServiceStub, RuntimeServiceStub
 from tests.support.daemon import DaemonProcess, mounts_below, wait_until
+from tests.support.images import OCI_INDEX, BuiltImage
 
 BUSYBOX = "/bin/busybox"
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home:/bin/sh\n"
@@ -136,6 +137,15 @@ class Registry:
         entry = ("application/vnd.oci.image.manifest.v1+json", manifest)
         repository = name.partition(":")[0]
         self._manifests[name] = self._manifests[f"{repository}@{_digest(manifest)}"] = entry
+        return f"{self.host}/{name}"
+
+    def publish(self, name: str, image: BuiltImage) -> str:
+        """Serve an image that was made elsewhere, behind its index; returns the reference to pull it by."""
+        repository = name.partition(":")[0]
+        self._blobs.update(image.blobs)
+        for kind, data in ((OCI_INDEX, image.index), (image.manifest_type, image.manifest)):
+            self._manifests[f"{repository}@{_digest(data)}"] = (kind, data)
+        self._manifests[name] = (OCI_INDEX, image.index)
         return f"{self.host}/{name}"
 
     def close(self) -> None:
