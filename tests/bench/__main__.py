@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 from tests.bench import disk, flame, kubernetes, machine, plots, report, scale, tasks
@@ -14,6 +15,9 @@ from tests.bench.images import Registry, build
 from tests.bench.measure import Case, Result, Session, pick, run_case, say
 from tests.bench.pulls import Pull, PullCommand
 from tests.bench.subjects import Ours, Subject, Theirs, find_containerd
+
+SAMPLED = 5.0
+"""Seconds of rounds that a flame graph is made from."""
 
 PULL_GOALS = {"bench/large": 0.4, "bench/many-files": 0.4, "bench/layers": 0.7}
 
@@ -86,12 +90,18 @@ def measure(options: argparse.Namespace, cases: list[Case], work: Path, failures
 
 
 def _flame(case: Case, session: Session, folder: Path, failures: list[str]) -> None:
-    """One more round on our daemon, sampled."""
+    """More rounds on our daemon, sampled for some seconds."""
+
+    def rounds() -> None:
+        end = time.monotonic() + SAMPLED
+        while time.monotonic() < end:
+            case.measure(session, subject)
+
     subject = session.subjects[0]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         case.ready(session, subject)
-        stacks = flame.record({subject.pid: "daemon"}, lambda: case.measure(session, subject), session.work)
+        stacks = flame.record({subject.pid: "daemon"}, rounds, session.work)
         (folder / f"flame-{case.name}.svg").write_text(flame.render(flame.tree(stacks), case.text), encoding="utf-8")
     except Exception as error:
         failures.append(f"{case.name}: flame graph: {error}")

@@ -5,6 +5,7 @@ py-spy is not needed for anything else: where it is not installed, there are no 
 
 from __future__ import annotations
 
+import colorsys
 import html
 import re
 import shutil
@@ -69,12 +70,15 @@ def tree(lines: Iterable[str]) -> Frame:
 
 def _colour(name: str) -> str:
     """Ours green, the standard library blue, others orange; shades by name."""
-    shade = zlib.crc32(name.encode()) % 24
+    shade = zlib.crc32(name.encode()) % 24 / 100
     if "supervisord_ctr" in name or "pctr" in name:
-        return f"hsl(145,45%,{42 + shade}%)"
-    if "site-packages" in name or "/" in name.rpartition("(")[2]:
-        return f"hsl(215,45%,{52 + shade}%)"
-    return f"hsl(35,60%,{50 + shade}%)"
+        hue, light, strength = 0.40, 0.42 + shade, 0.45
+    elif "site-packages" in name or "/" in name.rpartition("(")[2]:
+        hue, light, strength = 0.60, 0.52 + shade, 0.45
+    else:
+        hue, light, strength = 0.10, 0.50 + shade, 0.60
+    red, green, blue = (round(value * 255) for value in colorsys.hls_to_rgb(hue, light, strength))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def render(root: Frame, title: str) -> str:
