@@ -81,7 +81,7 @@ class _Pull:
         self._sink = sink
         self.manifests: list[tuple[str, dict[str, Any]]] = []
         reference = registry.reference
-        self._source = {f"containerd.io/distribution.source.{reference.domain}": reference.path}
+        self._source = {f"containerd.io/distribution.source.{reference.hostname}": reference.path}
 
     async def tree(self, descriptor: Descriptor, body: bytes) -> None:
         """Store a manifest or index and everything wanted below it."""

@@ -162,7 +162,7 @@ class Container:
     def add_exec(self, exec_id: str, addresses: StreamAddresses, spec: bytes) -> ExecProcess:
         """Add a process; it runs when it is started. `AlreadyExists`, `FailedPrecondition`."""
         if exec_id in self.execs:
-            raise errors.AlreadyExists(f"id {exec_id}", kind="process", key=exec_id)
+            raise errors.AlreadyExists(f"id {exec_id}: already exists", kind="process", key=exec_id)
         self.init.init_state.check_exec(self.init)
         try:
             content = json.loads(spec)

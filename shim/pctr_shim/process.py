@@ -379,7 +379,7 @@ class ExecProcess(Process):
         except BaseException:
             if self.exit is None:  # waiters must not hang; no exit event is sent for what never ran
                 self.exit = Exit(255, time.time())
-                self.state = states.EXEC_STOPPED
+                self.state = states.EXEC_FAILED
                 self._done.set()
             raise
         finally:

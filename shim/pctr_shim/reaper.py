@@ -110,11 +110,12 @@ class Reaper:
 
     def spawn(
         self, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int],
+        folder: str = "",
     ) -> tuple[int, asyncio.Future[int]]:
         """Start a program; returns its pid and a future of its wait status.
 
         `descriptors` maps the program's descriptor numbers to ours; nothing else is inherited.
-        Missing ones of 0, 1 and 2 are the null device.
+        Missing ones of 0, 1 and 2 are the null device. `folder` is its working folder, "" ours.
         """
         loop = asyncio.get_running_loop()
         null = -1
@@ -125,10 +126,11 @@ class Reaper:
                     null = null if null >= 0 else os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
                     actions.append((os.POSIX_SPAWN_DUP2, null, number))
             actions += [(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in descriptors.items()]
-            pid = os.posix_spawn(
-                arguments[0], list(arguments), environment, file_actions=actions,
-                setsigmask=(), setsigdef=_DEFAULT_SIGNALS,
-            )
+            with _inside(folder):
+                pid = os.posix_spawn(
+                    arguments[0], list(arguments), environment, file_actions=actions,
+                    setsigmask=(), setsigdef=_DEFAULT_SIGNALS,
+                )
         finally:
             if null >= 0:
                 os.close(null)
@@ -137,13 +139,14 @@ class Reaper:
         return pid, future
 
     async def run(
-        self, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int]
+        self, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int],
+        folder: str = "",
     ) -> int:
         """Start a program and wait for it: its exit status, 128 + signal after a signal.
 
         A caller that is cancelled takes the program with it.
         """
-        pid, future = self.spawn(arguments, environment, descriptors)
+        pid, future = self.spawn(arguments, environment, descriptors, folder)
         try:
             return processes.exit_of(await future)[0]
         except asyncio.CancelledError:
@@ -151,3 +154,19 @@ class Reaper:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             raise
+
+
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    """Be in `folder` for a moment (posix_spawn has no such option); one that is gone changes nothing."""
+    if not folder:
+        yield
+        return
+    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.chdir(folder)
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)

@@ -91,11 +91,13 @@ class Runtime:
     ) -> None:
         """Run one command; `failing` starts the message of the error that a failure raises.
 
-        The message is the last error in the runtime's log, as containerd's shim has it.
+        The message is the last error in the runtime's log, as containerd's shim has it. The program runs in the
+        log's folder, the bundle, where wrappers of runtimes expect config.json.
         """
         with contextlib.suppress(FileNotFoundError):
             os.unlink(log)
-        status = await reaper.run(self._arguments(log, command), self.environment, descriptors or {})
+        status = await reaper.run(
+            self._arguments(log, command), self.environment, descriptors or {}, os.path.dirname(log))
         if status:
             reason = last_error(log) or f"{os.path.basename(self.binary)} ended with status {status}"
             raise classify(f"{failing}: {reason}", reason)
@@ -155,14 +157,14 @@ def classify(message: str, reason: str) -> errors.Error:
 
 
 def last_error(path: str) -> str:
-    """The last message of level error in a JSON log; "" when there is none or no log."""
+    """The last message of an error in a JSON log; "" when there is none or no log."""
     found = ""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 with contextlib.suppress(ValueError, AttributeError):
                     entry = json.loads(line)
-                    if entry.get("level") == "error":
+                    if entry.get("level") in ("error", "fatal"):
                         found = str(entry.get("msg", "")).strip()
     except FileNotFoundError:
         return ""

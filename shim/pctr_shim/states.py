@@ -262,6 +262,13 @@ class ExecStopped(ExecState):
         return self
 
 
+class ExecFailed(ExecStopped):
+    """It could not be started. That is told as "created", as containerd's shim has it; it can only be deleted."""
+
+    name = "failed"
+    status = TaskStatus.CREATED
+
+
 class ExecDeleted(ExecStopped):
     """Nothing is left."""
 
@@ -281,4 +288,5 @@ DELETED = Deleted()
 EXEC_CREATED = ExecCreated()
 EXEC_RUNNING = ExecRunning()
 EXEC_STOPPED = ExecStopped()
+EXEC_FAILED = ExecFailed()
 EXEC_DELETED = ExecDeleted()

@@ -69,6 +69,9 @@ class _Export:
             await self._collect(image.target, image.name)
             tops.append(await self._top(image))
         await self._file("oci-layout", b'{"imageLayoutVersion":"1.0.0"}', 0o444)
+        algorithms = sorted({digest.partition(":")[0] for digest in self._blobs})
+        for folder in ("blobs/", *(f"blobs/{algorithm}/" for algorithm in algorithms)):
+            self._tar.add(folder.encode(), stat.S_IFDIR, mode=0o755)
         for descriptor in self._blobs.values():
             await self._blob(descriptor)
         index = {

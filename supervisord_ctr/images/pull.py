@@ -342,7 +342,7 @@ class _Pull:
             puller.database, puller.executors, self._registry, running.namespace, lease, running.tracker,
             puller.slots(),
         )
-        self._source = {f"{LABEL_DISTRIBUTION_SOURCE}{parsed.domain}": parsed.path}
+        self._source = {f"{LABEL_DISTRIBUTION_SOURCE}{parsed.hostname}": parsed.path}
 
     async def run(self) -> Image:
         """All of it."""

@@ -169,7 +169,7 @@ class _Push:
     async def _mount_source(self, digest: str) -> str:
         """Another repository of the same registry that is known to have the blob."""
         info = await self._database.content.info(self._namespace, digest)
-        told = info.labels.get(f"{LABEL_DISTRIBUTION_SOURCE}{self._registry.reference.domain}", "")
+        told = info.labels.get(f"{LABEL_DISTRIBUTION_SOURCE}{self._registry.reference.hostname}", "")
         for repository in told.split(","):
             if repository and repository != self._registry.reference.path:
                 return repository

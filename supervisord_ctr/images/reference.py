@@ -23,6 +23,7 @@ _DOMAIN = re.compile(
 )
 _PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+_PORT = re.compile(r":[0-9]+\Z")
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -39,6 +40,12 @@ class Reference:
     def name(self) -> str:
         """Domain and path: what a repository is called."""
         return f"{self.domain}/{self.path}"
+
+    @property
+    def hostname(self) -> str:
+        """The domain without a port: what labels call a source of content."""
+        host = _PORT.sub("", self.domain)
+        return host[1:-1] if host.startswith("[") else host
 
     @property
     def object(self) -> str:

@@ -218,7 +218,7 @@ class NamespacedSnapshotter:
             finally:
                 self.pending.discard(bkey)
         if found is not None:
-            raise AlreadyExists(f'target snapshot "{target}" from snapshotter', kind="snapshot", key=target)
+            raise AlreadyExists(f'target snapshot "{target}": already exists', kind="snapshot", key=target)
         return mounts
 
     async def _undo(self, bkey: str) -> None:

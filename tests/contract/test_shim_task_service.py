@@ -290,6 +290,12 @@ async def test_an_exec_that_cannot_start(lab: Lab) -> None:
     await shim.exec("c", "e1", ["/no/such/program"])
     with pytest.raises(errors.Error, match="OCI runtime exec failed.*no such file"):
         await shim.start("c", "e1")
+    assert (await shim.state("c", "e1")).status == types.Status.CREATED
+    with pytest.raises(errors.Error):
+        await shim.kill("c", exec_id="e1")
+    await shim.delete("c", "e1")
+    with pytest.raises(errors.NotFound):
+        await shim.state("c", "e1")
     assert (await shim.state("c")).status == types.Status.RUNNING
     await lab.finish(shim, "c")
 

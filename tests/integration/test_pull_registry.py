@@ -109,7 +109,7 @@ async def test_a_pull_unpacks_and_labels(
     content = pulling.database.content
     index = await content.info(NAMESPACE, made.target)
     manifest = await content.info(NAMESPACE, digest_of(made.manifest))
-    source = {f"containerd.io/distribution.source.{registry.address}": "library/app"}
+    source = {f"containerd.io/distribution.source.{registry.address.partition(':')[0]}": "library/app"}
     assert dict(index.labels) == {"containerd.io/gc.ref.content.m.0": digest_of(made.manifest), **source}
     assert dict(manifest.labels) == {
         "containerd.io/gc.ref.content.config": made.config, **source,

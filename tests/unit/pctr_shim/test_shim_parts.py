@@ -184,6 +184,19 @@ async def test_an_exit_before_adoption_is_kept_while_somebody_expects_it() -> No
     assert [(ended.pid, ended.status, number) for ended, number in told] == [(early, 5, 0), (late, 143, 15)]
 
 
+async def test_programs_run_in_the_folder_they_are_given(tmp_path: Path) -> None:
+    reaper = Reaper()
+    reaper.start()
+    here = os.getcwd()
+    try:
+        assert await reaper.run(["/bin/sh", "-c", "echo it > made"], {}, {}, str(tmp_path)) == 0
+        assert await reaper.run(["/bin/sh", "-c", "exit 4"], {}, {}, str(tmp_path / "gone")) == 4
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    assert (tmp_path / "made").read_text() == "it\n"
+    assert os.getcwd() == here
+
+
 async def test_programs_do_not_inherit_what_they_are_not_given() -> None:
     reaper = Reaper()
     reaper.start()
