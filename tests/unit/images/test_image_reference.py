@@ -52,3 +52,11 @@ def test_any_text_is_a_reference_or_invalid(text: str) -> None:
 def test_the_digest_decides_what_is_fetched() -> None:
     assert reference.parse(f"a:1@{DIGEST}").object == DIGEST
     assert reference.parse("a:1").object == "1"
+
+
+@pytest.mark.parametrize(("text", "host"), [
+    ("busybox", "docker.io"), ("ghcr.io/a/b:1", "ghcr.io"), ("localhost:5000/a", "localhost"),
+    ("10.0.0.1:80/a", "10.0.0.1"), ("[::1]:5000/a", "::1"),
+])
+def test_sources_are_told_without_a_port(text: str, host: str) -> None:
+    assert reference.parse(text).hostname == host
