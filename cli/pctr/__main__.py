@@ -69,7 +69,10 @@ def _report(error: BaseException, debug: bool) -> None:
         traceback.print_exception(error)
     from pctr.output import warn
 
-    warn(str(error) or type(error).__name__)
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror.lower()}" if error.filename else error.strerror.lower()
+    warn(text)
 
 
 def run(argv: list[str]) -> int:

@@ -134,11 +134,13 @@ def _resource_options(parser: Arguments) -> None:
 def _environment(args: Any) -> list[str]:
     entries: list[str] = []
     for path in args.env_file:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                line = line.rstrip("\r\n")
-                if line.strip() and not line.lstrip().startswith("#"):
-                    entries.append(line)
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            lines = data.decode().split("\n")
+        except UnicodeDecodeError:
+            raise UsageError(f"{path}: is not UTF-8 text") from None
+        entries += [line for line in (line.rstrip("\r") for line in lines) if _says_something(line)]
     entries += args.env
     # A bare NAME takes our own value, as in docker and podman; unset here means unset inside.
     result = []
@@ -147,6 +149,10 @@ def _environment(args: Any) -> list[str]:
             entry = f"{entry}={os.environ[entry]}"
         result.append(entry)
     return result
+
+
+def _says_something(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
 def _pairs(entries: list[str], what: str) -> dict[str, str]:
@@ -179,8 +185,12 @@ def build_spec(
     if args.config:
         import json
 
-        with open(args.config, encoding="utf-8") as file:
-            return SpecBuilder(namespace, container, spec=json.load(file))
+        with open(args.config, "rb") as file:
+            data = file.read()
+        try:
+            return SpecBuilder(namespace, container, spec=json.loads(data))
+        except ValueError as error:
+            raise UsageError(f"{args.config}: is no spec: {error}") from None
     builder = SpecBuilder(namespace, container)
     _process(builder, args, image, command)
     builder.with_root(rootfs or "rootfs", readonly=args.read_only)

@@ -22,6 +22,8 @@ def mount_image(context: Context) -> None:
     target = os.path.realpath(args.target)
     if not os.path.isdir(target):
         raise Failed(f"{target}: is not a folder")
+    if any(info.name == target for info in list_snapshots(client, context.snapshotter)):
+        raise errors.AlreadyExists(f"{target}: an image is mounted there already; unmount it first", key=target)
     config = image_config.load_config(client, image_config.get_image(client, args.image), args.platform)
     labels = {_GC_ROOT: "pctr", "pctr/target": target}
     try:

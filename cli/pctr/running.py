@@ -78,12 +78,11 @@ def run_task(
             if remove_unstarted and not remove:
                 if_failed.callback(remove_container, client, created)
             task = client.unary(TASKS + "Create", request, light.CreateTaskResponse)
+            if_failed.callback(_forget, client, created.id)
             note(args.pid_file, str(task.pid))
             if getattr(args, "net", "") == "bridge":
-                if_failed.callback(_forget, client, created.id)
                 _join_bridge(context, created.id, task.pid, undo)
             if args.detach:
-                if_failed.callback(_forget, client, created.id)
                 client.unary(TASKS + "Start", identity, light.StartResponse)
                 if_failed.pop_all()
                 return 0

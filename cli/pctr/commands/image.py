@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pctr.rpc import Client
 
 
+_PINNED = "io.cri-containerd.pinned"
+
+
 # -- pull and push -------------------------------------------------------------------------------------
 
 
@@ -278,8 +281,14 @@ def _prune(context: Context) -> None:
 
     if not context.args.all:
         raise UsageError("nothing is removed without --all: images have no dangling state of their own")
-    used = {container.image for container in list_containers(context.client)}
-    unused = [image.name for image in list_images(context.client) if image.name not in used]
+    names = {container.image for container in list_containers(context.client)}
+    images = list_images(context.client)
+    # A kubelet's images have several names, of which a container states one; pinned ones are not its to lose.
+    used = {image.target.digest for image in images if image.name in names}
+    unused = [
+        image.name for image in images
+        if image.target.digest not in used and image.labels.get(_PINNED) != "pinned"
+    ]
     for number, name in enumerate(unused):
         if not context.args.dry_run:
             delete_image(context.client, name, sync=number == len(unused) - 1)

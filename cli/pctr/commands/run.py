@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from pctr.command import Command, Context, Failed, UsageError
-from pctr.create import create_container, create_options
+from pctr.create import create_container, create_options, remove_container
 from pctr.options import REMAINDER
 from pctr.running import note, run_task
 
@@ -54,7 +54,11 @@ def run(context: Context) -> int:
         raise UsageError("--log-uri and --null-io leave no terminal to show; add --detach")
     signal.signal(signal.SIGTERM, _terminated)
     created = create_container(context, reference, name, command)
-    note(args.cidfile, created.id)
+    try:
+        note(args.cidfile, created.id)
+    except OSError:
+        remove_container(context.client, created)
+        raise
     status = run_task(context, created, created.mounts, remove=args.rm, remove_unstarted=True)
     if args.detach:
         print(created.id)

@@ -132,6 +132,8 @@ def _exec(context: Context) -> int:
     words = context.args.words
     if words and words[0] == "--":
         words = words[1:]
+    if words[1:2] == ["--"]:
+        words = [words[0], *words[2:]]
     if len(words) < 2 or words[1].startswith("-"):
         raise UsageError("what to run in which container? see 'pctr task exec --help'")
     return exec_in_task(context, words[0], words[1:])
