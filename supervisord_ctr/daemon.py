@@ -66,6 +66,7 @@ from supervisord_ctr.services.content import ContentService
 from supervisord_ctr.services.diff import DiffService
 from supervisord_ctr.services.doctor import Doctor, Examiner, MountExaminer, StoreExaminer, doctor_info
 from supervisord_ctr.services.events import EventsService
+from supervisord_ctr.services.explain import explain_info, pulls_info
 from supervisord_ctr.services.images import ImagesService
 from supervisord_ctr.services.introspection import (
     Info,
@@ -207,8 +208,9 @@ class Daemon:
             cri = CriRoom(settings, database, tasks, zygote, exchange, executors,
                           PullerFetcher(puller, settings.cri.image_pull_progress_timeout))
             await self._serve_kubernetes(stack, server, cri)
-        told = [*parts(settings, root, database),
-                Part("io.supervisord-ctr.doctor.v1", "doctor", info=doctor(root, state, database, mounts, tasks, cri))]
+        told = [*parts(settings, root, database), Part("io.containerd.transfer.v1", "local", info=pulls_info(puller)),
+                Part("io.supervisord-ctr.doctor.v1", "doctor", info=doctor(root, state, database, mounts, tasks, cri)),
+                Part("io.supervisord-ctr.explain.v1", "explain", info=explain_info(tasks, cri.core if cri else None))]
         server.add(f"{native}introspection.v1.Introspection", add_IntrospectionServicer_to_server,
                    IntrospectionService(told, server_uuid(root)))
         return server
@@ -305,7 +307,6 @@ def parts(settings: Settings, root: Path, database: Database) -> list[Part]:
     found.append(Part("io.containerd.shim.v1", "manager"))
     found.append(Part("io.containerd.differ.v1", "walking", platform=host_platform()))
     found.append(Part("io.containerd.event.v1", "exchange"))
-    found.append(Part("io.containerd.transfer.v1", "local"))
     found.append(Part("io.containerd.streaming.v1", "manager"))
     for name in ("containers", "content", "diff", "events", "healthcheck", "images", "introspection", "leases",
                  "mounts", "namespaces", "sandbox-controllers", "sandboxes", "snapshots", "streaming", "tasks",

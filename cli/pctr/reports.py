@@ -19,6 +19,7 @@ from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
 
 STRUCT_URL = "google.protobuf.Struct"
 GC_PART = ("io.containerd.gc.v1", "scheduler")
+TRANSFER_PART = ("io.containerd.transfer.v1", "local")
 DOCTOR_PART = ("io.supervisord-ctr.doctor.v1", "doctor")
 EXPLAIN_PART = ("io.supervisord-ctr.explain.v1", "explain")
 

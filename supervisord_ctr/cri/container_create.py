@@ -108,7 +108,8 @@ async def _create(core: Core, pod: Pod, name: str, request: pb.CreateContainerRe
     container.snapshotter = core.snapshotter(pod.handler)
     container.runtime = core.runtime(pod.handler).name
     container.checkpoint = checkpointed.path if checkpointed else ""
-    with core.stages.track(container.id, "image volumes") as stage:
+    label = f"{core.label(pod.id)}/{config.metadata.name}"
+    with core.stages.track(container.id, "image volumes", label) as stage:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(_undo, core, container)
             await image_volumes.mount_all(core, container)

@@ -88,7 +88,8 @@ async def container_info(core: Core, container: Container) -> dict[str, str]:
         "snapshotKey": container.id, "snapshotter": container.snapshotter,
         "config": json_format.MessageToDict(container.config, preserving_proto_field_name=True),
         "stage": container.stage, "doing": core.stages.tell(container.id), "oomKilled": container.oom,
-        "endAskedBy": container.asked, "cgroup": container.cgroup,
+        "oomLevel": container.oom_level, "endAskedBy": container.asked, "signal": container.signal,
+        "askedSignal": container.asked_signal, "cgroup": container.cgroup,
     }
     try:
         stored = await core.database.containers.get(CRI_NAMESPACE, container.id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from supervisord_ctr.sandbox.environment import Environments
     from supervisord_ctr.sandbox.network import PodNetworks
     from supervisord_ctr.sandbox.pause import Forker
+
+
+#: Failures that are remembered.
+_TROUBLES = 256
+#: Letters that the beginning of an ID must have to mean it.
+_SHORTEST = 4
 
 
 async def all_of(*works: Awaitable[Any]) -> list[Any]:
@@ -107,21 +114,60 @@ class Tasks(Protocol):
     async def exit_records(self, namespace: str, container_id: str) -> list[Any]: ...
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """An operation that failed: on what (`label` is what people call it), in which stage, why, and when (epoch)."""
+
+    name: str
+    label: str
+    stage: str
+    message: str
+    at: float
+
+
 @dataclass
 class Stages:
-    """What runs, in which stage and since when, by name; the words of errors and of `pctr explain` (P22)."""
+    """What runs, in which stage and since when, by name, and what failed last; the words of errors and of
+    `pctr explain` (P22)."""
 
     _now: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+    _labels: dict[str, str] = field(default_factory=dict)
+    _troubles: deque[Trouble] = field(default_factory=lambda: deque(maxlen=_TROUBLES))
 
     @contextlib.contextmanager
-    def track(self, name: str, first: str) -> Iterator[Stage]:
-        """Book an operation; an error that leaves the block says in which stage it happened."""
-        stage = Stage(self, name)
-        self._now[name] = (first, time.monotonic(), time.monotonic())
+    def track(self, name: str, first: str, label: str = "") -> Iterator[Stage]:
+        """Book an operation; an error that leaves the block is remembered with its stage."""
+        self.begin(name, first, label)
         try:
-            yield stage
+            yield Stage(self, name)
+        except (errors.Error, OSError) as error:
+            self.fail(name, error)
+            raise
         finally:
-            self._now.pop(name, None)
+            self.leave(name)
+
+    def begin(self, name: str, stage: str, label: str = "") -> None:
+        """An operation starts."""
+        self._now[name] = (stage, time.monotonic(), time.monotonic())
+        if label:
+            self._labels[name] = label
+
+    def fail(self, name: str, error: Exception) -> None:
+        """The operation under `name` fails in the stage it is in."""
+        stage = self._now.get(name, ("",))[0]
+        message = error.message if isinstance(error, errors.Error) else str(error)
+        self._troubles.append(Trouble(name, self._labels.get(name, ""), stage, message, time.time()))
+
+    def troubles(self, *words: str) -> list[Trouble]:
+        """What failed lately on these names or labels, or below a label, newest last."""
+        return [found for found in self._troubles if _means(found.name, found.label, words)]
+
+    def about(self, *words: str) -> dict[str, str]:
+        """What runs under these names or labels, by label."""
+        return {
+            self._labels.get(name, name): self.tell(name) for name in list(self._now)
+            if _means(name, self._labels.get(name, ""), words)
+        }
 
     def enter(self, name: str, stage: str) -> None:
         """The operation goes on to another stage."""
@@ -140,10 +186,20 @@ class Stages:
     def leave(self, name: str) -> None:
         """The operation is over."""
         self._now.pop(name, None)
+        self._labels.pop(name, None)
 
     def all(self) -> dict[str, str]:
         """Everything that runs."""
         return {name: self.tell(name) for name in list(self._now)}
+
+
+def _means(name: str, label: str, words: Sequence[str]) -> bool:
+    """Whether one of `words` is the name or its beginning, the label, the end of the label, or what it is below."""
+    parts = label.split("/")
+    return any(
+        word == name or (len(word) >= _SHORTEST and name.startswith(word)) or (label and (
+            word == label or label.startswith(f"{word}/") or word in parts[1:])) for word in words
+    )
 
 
 @dataclass(frozen=True)
@@ -220,8 +276,25 @@ class Core:
     async def hold(self, key: str, what: str) -> AsyncIterator[None]:
         """The lock of a pod or container; what runs under it is told by `stages`."""
         async with self.locks.hold(key):
-            self.stages.enter(key, what)
-            try:
+            with self.stages.track(key, what, self.label(key)):
                 yield
-            finally:
-                self.stages.leave(key)
+
+    def label(self, key: str) -> str:
+        """What people call a pod ("NAMESPACE/NAME") or a container ("NAMESPACE/POD/NAME"); "" for neither."""
+        container = self.state.container_or_none(key)
+        pod = self.state.pod_or_none(container.pod_id if container is not None else key)
+        if pod is None:
+            return ""
+        metadata = pod.config.metadata
+        words = [metadata.namespace, metadata.name, *([container.config.metadata.name] if container else [])]
+        return "/".join(words)
+
+    def explain(self, *words: str) -> dict[str, Any]:
+        """What is being done to the pods or containers that these words mean, and what failed on them lately."""
+        return {
+            "doing": [f"{label}: {told}" for label, told in self.stages.about(*words).items()],
+            "errors": [
+                {"at": found.at, "stage": found.stage, "message": found.message, "on": found.label or found.name}
+                for found in self.stages.troubles(*words)
+            ],
+        }

@@ -77,9 +77,11 @@ async def finish(core: Core, container: Container, found: Exit) -> None:
         for record in await core.tasks.exit_records(CRI_NAMESPACE, container.id):
             if not record.exec_id:
                 kills, level = record.oom_kills, record.oom_level
+                container.signal, container.asked_signal = record.signal, record.asked_signal
     except errors.Error as error:
         log.debug("exit record of container %s: %s", container.id, error.message)
     container.oom = container.oom or (kills > 0 and found.status != 0)
+    container.oom_level = (level or "container") if container.oom else ""
     if container.oom and not container.message:
         where = level or "container"
         container.message = f"a process was killed for lack of memory: the limit of the {where} was reached"

@@ -139,7 +139,8 @@ async def _run(core: Core, name: str, request: pb.RunPodSandboxRequest) -> str:
     if pod.config.linux.HasField("overhead"):
         pod.overhead = pod.config.linux.overhead
     net = None if pod.host_network else network_request(core, pod_id, pod.config)
-    with core.stages.track(pod_id, "namespaces") as stage:
+    label = f"{pod.config.metadata.namespace}/{pod.config.metadata.name}"
+    with core.stages.track(pod_id, "namespaces", label) as stage:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(_undo, core, pod)
             await _make(core, pod, wanted, net, stage)

@@ -157,7 +157,8 @@ class Container:
     """A container. `stage` is "creating", "created", "starting", "running", "exited" or "unknown".
 
     `asked` says who asked for the end ("stop", "pod stop", ""), `oom` whether a process of it was
-    killed for memory, `removing` that a removal has begun.
+    killed for memory, `oom_level` whose limit that was ("container", "pod", "node"), `signal` what ended
+    it, `asked_signal` the last signal that somebody sent it, `removing` that a removal has begun.
     """
 
     id: str
@@ -181,7 +182,10 @@ class Container:
     message: str = ""
     pid: int = 0
     oom: bool = False
+    oom_level: str = ""
     asked: str = ""
+    signal: int = 0
+    asked_signal: int = 0
     removing: bool = False
     checkpoint: str = ""
     uid: int = 0
@@ -252,7 +256,8 @@ class Container:
 _SCALARS = (
     "id", "name", "pod_id", "image_id", "image_digest", "image_name", "log_path", "stop_signal", "snapshotter",
     "runtime", "cgroup", "stage", "created_at", "started_at", "finished_at", "exit_code", "reason", "message", "pid",
-    "oom", "asked", "removing", "checkpoint", "uid", "gid", "groups", "image_mounts",
+    "oom", "oom_level", "asked", "signal", "asked_signal", "removing", "checkpoint", "uid", "gid", "groups",
+    "image_mounts",
 )
 
 E = TypeVar("E", Pod, Container)

@@ -52,6 +52,8 @@ class Tracker:
     sink: ProgressSink | None = None
     moving: str = DOWNLOADING
     started: float = field(default_factory=time.time)
+    #: The last word on the whole operation.
+    stage: str = ""
     #: When something last happened, on the monotonic clock: what has stalled is told by it.
     moved: float = field(default_factory=time.monotonic)
     _blobs: dict[str, _Blob] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Tracker:
 
     def say(self, event: str, descriptor: Descriptor | None = None, name: str = "") -> None:
         """An event of the whole operation."""
+        self.stage = event
         self._tell(Progress(event, name, (), descriptor))
 
     def children(self, parent: Descriptor, children: Iterable[Descriptor]) -> None:
