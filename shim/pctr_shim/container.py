@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 
 MOUNTED = faults.declare("shim.create.after-mount", "the root file system is mounted; the runtime knows nothing")
 
+#: Seconds from taking an overlay away to the end of its file system.
+_SYNC_DELAY = 0.05
+
 Publish = Callable[[str, Message], None]
 
 
@@ -60,7 +64,7 @@ class Container:
         self.options = options
         self.io_uid, self.io_gid = options.io_uid, options.io_gid
         self.rootfs = os.path.join(bundle, "rootfs")
-        self.has_mounts = False
+        self._mounts: Sequence[Mount] = ()
         self.execs: dict[str, ExecProcess] = {}
         self.timings: dict[str, int] = {}
         self._own_pid_namespace = False
@@ -130,7 +134,23 @@ class Container:
             mounts.mount_all(rootfs, self.rootfs)
         except OSError as error:
             raise errors.from_os_error(error, "mount rootfs component") from error
-        self.has_mounts = True
+        self._mounts = tuple(rootfs)
+
+    def unmount(self) -> None:
+        """Take the root file system away; content when it was, or when there is none.
+
+        The end of an overlay syncs the whole file system below it, which may take long: it comes when nobody
+        waits. Only without an index, which would refuse the same layers to the next container until then.
+        """
+        if not self._mounts:
+            return
+        if all(entry.type == "overlay" and "index=off" in entry.options and not entry.target for entry in self._mounts):
+            with contextlib.suppress(OSError):
+                kept = os.open(self.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                closing = threading.Thread(target=os.close, args=(kept,), daemon=True)
+                asyncio.get_running_loop().call_later(_SYNC_DELAY, closing.start)
+        mounts.unmount_below(self.rootfs)
+        self._mounts = ()
 
     async def _undo_create(self) -> None:
         self.close()
@@ -140,8 +160,7 @@ class Container:
                 await self.invoke(["delete", "--force", self.id], "undo create")
             except errors.Error as error:
                 log.warning("%s: %s", self.id, error.message)
-        if self.has_mounts:
-            mounts.unmount_all(self.rootfs)
+        self.unmount()
 
     def _find_attachable(self, container_id: str, exec_id: str) -> attach.Attachable:
         if container_id != self.id:

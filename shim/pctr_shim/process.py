@@ -21,7 +21,7 @@ from pctr_shim import records, runc, states
 from pctr_shim.console import ConsoleSocket
 from pctr_shim.stdio import Owner, ProcessIO, StreamAddresses
 from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import cgroups, mounts, processes
+from supervisord_ctr.linux import cgroups, processes
 from supervisord_ctr.model import Exit, TaskStatus
 
 if TYPE_CHECKING:
@@ -327,18 +327,18 @@ class InitProcess(Process):
         """Deliver the output, remove the container from the runtime, unmount the root file system."""
         await self.close_io()
         faults.point(DELETING)
-        if not (isinstance(self.state, states.CreatedFromCheckpoint)):
+        known = not isinstance(self.state, states.CreatedFromCheckpoint)
+        if known and not (self.exit is not None and self.container.runtime.forget(self.container.id)):
             try:
                 await self.container.invoke(["delete", self.container.id], "failed to delete task")
             except errors.NotFound:
                 log.debug("the runtime no longer knows %s", self.container.id)
             except errors.Error:
                 await self.container.invoke(["delete", "--force", self.container.id], "failed to delete task")
-        if self.container.has_mounts:
-            try:
-                mounts.unmount_below(self.container.rootfs)
-            except OSError as error:
-                raise errors.from_os_error(error, "unmount root file system") from error
+        try:
+            self.container.unmount()
+        except OSError as error:
+            raise errors.from_os_error(error, "unmount root file system") from error
         faults.point(UNMOUNTED)
 
 
