@@ -29,17 +29,23 @@ _FAREWELL = 2.0
 _NOT_OURS = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
-def run(config: ShimConfig, listener: socket.socket) -> None:
-    """Serve until a Shutdown finds nothing left to serve. Never returns an error: it logs it."""
-    processes.set_name("pctr-shim")
+def prepare() -> asyncio.AbstractEventLoop:
+    """What needs no configuration: the process's place in the system, and its loop."""
     processes.set_child_subreaper()
     os.chdir("/")  # bundles come and go
-    os.environ.update(config.env)
     os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     for name in _NOT_OURS:
         os.environ.pop(name, None)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
+    return loop
+
+
+def run(config: ShimConfig, listener: socket.socket, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    """Serve until a Shutdown finds nothing left to serve. Never returns an error: it logs it."""
+    processes.set_name("pctr-shim")
+    loop = loop or prepare()
+    os.environ.update(config.env)
     try:
         loop.run_until_complete(_serve(config, listener))
     except Exception:

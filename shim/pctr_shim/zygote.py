@@ -5,6 +5,10 @@ of a `socketpair(AF_UNIX, SOCK_SEQPACKET)`. Each packet is one JSON object in UT
 When the daemon's end closes, the zygote ends. It may be killed at any time: shims have sessions of
 their own, do not depend on it, and the daemon starts another one.
 
+While shims are asked for, one is kept ready: forked, its loop set up, waiting for its configuration and
+its listening socket on a socket whose end it does not outlive. It takes the time of forking out of the
+time of a start. It goes when it was not needed for a minute.
+
 Every request has a `serial` (int), which its reply repeats. Replies to `cleanup` may come later
 than replies to later requests; all others come in order. A reply is either the object stated below
 or `{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `errors.Code`.
@@ -52,14 +56,18 @@ Not here: what a shim does (`service.py`), how a foreign daemon starts one (`__m
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from pctr_shim import cleanup, pause, serve, warm
 from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
@@ -72,6 +80,18 @@ log = logging.getLogger(__name__)
 FORKED = faults.declare("shim.fork.after-listen", "the shim's socket listens; the daemon does not know its pid")
 
 _PACKET = 65536
+#: Seconds without a request before a spare shim is forked, and before one is let go.
+_QUIET = 0.1
+_UNUSED = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    """A shim without work; it ends when `work` is closed."""
+
+    pid: int
+    start_time: int
+    work: socket.socket
 
 
 class Zygote:
@@ -79,10 +99,18 @@ class Zygote:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._spare: _Spare | None = None
+        self._wants_spare = False
 
     def run(self) -> None:
         """Answer requests until the daemon's end closes."""
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
         while True:
+            patience = 1000 * (_UNUSED if self._spare is not None else _QUIET)
+            if (self._spare is not None or self._wants_spare) and not poll.poll(patience):
+                self._turn_spare()
+                continue
             try:
                 packet = self._connection.recv(_PACKET)
             except ConnectionError:
@@ -123,48 +151,72 @@ class Zygote:
         return {"pid": os.getpid()}
 
     def _fork_shim(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
-        config = ShimConfig(
-            namespace=str(request["namespace"]), group=str(request["id"]), bundle=str(request["bundle"]),
-            socket=str(request["socket"]), events=str(request.get("events", "")),
-            runtime=str(request.get("runtime", "") or "runc"),
-            runtime_root=str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
-            debug=bool(request.get("debug", False)), env=dict(request.get("env", {})),
-        )
+        config = _config_of(request)
         if not os.path.isdir(config.bundle):
             raise errors.NotFound(f"bundle {config.bundle} is not a folder", kind="bundle", key=config.bundle)
         listener = listen(config.socket)
+        self._wants_spare = True
         try:
             faults.point(FORKED)
-            pid = libc.fork()
-            if pid == 0:
-                self._become_shim(config, listener, request)
+            pid, started = self._employ_spare(request, listener)
+            if not pid:
+                pid = libc.fork()
+                if pid == 0:
+                    _become_shim(request, listener, self._leave)
+                started = processes.read_start_time(pid)
         except OSError:
             os.unlink(config.socket)
             raise
         finally:
             listener.close()
-        return {"pid": pid, "start_time": processes.read_start_time(pid), "address": f"unix://{config.socket}"}
+        return {"pid": pid, "start_time": started, "address": f"unix://{config.socket}"}
 
-    def _become_shim(self, config: ShimConfig, listener: socket.socket, request: dict[str, Any]) -> None:
-        """In the child: leave the zygote's session, descriptors and signals behind, then serve."""
+    def _leave(self) -> None:
+        """In a child: let go of what is the zygote's. Another's spare would outlive the zygote else."""
+        self._connection.close()
+        if self._spare is not None:
+            self._spare.work.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    # Spares
+
+    def _turn_spare(self) -> None:
+        """Nobody asked for a while: make a spare shim, or end the one that nobody needs."""
+        self._wants_spare = False
+        if self._spare is not None:
+            self._spare.work.close()
+            self._spare = None
+            return
         try:
-            os.setsid()
-            self._connection.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _redirect(str(request.get("log", "")))
-            logging.getLogger().setLevel(logging.DEBUG if config.debug else logging.INFO)
-            if (score := request.get("oom_score_adj")) is not None:
-                processes.set_oom_score_adj(os.getpid(), int(score))
-            try:
-                cgroups.join([str(folder) for folder in request.get("cgroups", [])], os.getpid())
-            except OSError as error:
-                log.warning("joining a cgroup: %s", error)
-            serve.run(config, listener)
-        except BaseException:
-            log.exception("shim %s failed", config.group)
-            os._exit(1)
-        os._exit(0)
+            self._spare = self._fork_spare()
+        except OSError as error:
+            log.warning("forking a spare shim: %s", error)
 
+    def _fork_spare(self) -> _Spare:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = libc.fork()
+                if pid == 0:
+                    ours.close()
+                    _be_spare(theirs, self._leave)
+                return _Spare(pid, processes.read_start_time(pid), ours)
+            except OSError:
+                ours.close()
+                raise
+
+    def _employ_spare(self, request: dict[str, Any], listener: socket.socket) -> tuple[int, int]:
+        """Give the request to the spare: its pid and start time; 0 when there is none."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return 0, 0
+        with spare.work:
+            try:
+                socket.send_fds(spare.work, [json.dumps(request).encode()], [listener.fileno()])
+            except OSError as error:
+                log.warning("the spare shim is gone: %s", error)
+                return 0, 0
+        return spare.pid, spare.start_time
     def _fork_pause(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
         enter = [
             (str(request.get(key, "")), kind)
@@ -175,8 +227,7 @@ class Zygote:
         pid = libc.fork()
         if pid == 0:
             try:
-                self._connection.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                self._leave()
                 pause.become(
                     enter, str(request.get("hostname", "")), [str(f) for f in request.get("cgroups", [])], writer
                 )
@@ -203,6 +254,8 @@ class Zygote:
         if libc.fork():
             return
         try:
+            if self._spare is not None:
+                self._spare.work.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             record = cleanup.clean_up(*arguments)
             self._send({
@@ -215,6 +268,59 @@ class Zygote:
             self._send({"serial": serial, **_failure(errors.Internal(f"{type(error).__name__}: {error}"))})
         finally:
             os._exit(0)
+
+
+def _config_of(request: dict[str, Any]) -> ShimConfig:
+    return ShimConfig(
+        namespace=str(request["namespace"]), group=str(request["id"]), bundle=str(request["bundle"]),
+        socket=str(request["socket"]), events=str(request.get("events", "")),
+        runtime=str(request.get("runtime", "") or "runc"),
+        runtime_root=str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
+        debug=bool(request.get("debug", False)), env=dict(request.get("env", {})),
+    )
+
+
+def _become_shim(request: dict[str, Any], listener: socket.socket, leave: Callable[[], None]) -> NoReturn:
+    """In the child: a session of its own, then serve."""
+    try:
+        leave()
+        os.setsid()
+        _serve(request, listener, serve.prepare())
+    except BaseException:
+        log.exception("shim %s failed", request.get("id"))
+        os._exit(1)
+    os._exit(0)
+
+
+def _be_spare(work: socket.socket, leave: Callable[[], None]) -> NoReturn:
+    """In the child: get ready, wait for work, become its shim; end when no work can come any more."""
+    try:
+        leave()
+        os.setsid()
+        processes.set_name("pctr-spare")
+        loop = serve.prepare()
+        loop.run_until_complete(warm.rehearse())
+        packet, descriptors, _, _ = socket.recv_fds(work, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        work.close()
+        if packet and descriptors:
+            _serve(json.loads(packet), socket.socket(fileno=descriptors[0]), loop)
+    except BaseException:
+        log.exception("spare shim failed")
+        os._exit(1)
+    os._exit(0)
+
+
+def _serve(request: dict[str, Any], listener: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+    config = _config_of(request)
+    _redirect(str(request.get("log", "")))
+    logging.getLogger().setLevel(logging.DEBUG if config.debug else logging.INFO)
+    if (score := request.get("oom_score_adj")) is not None:
+        processes.set_oom_score_adj(os.getpid(), int(score))
+    try:
+        cgroups.join([str(folder) for folder in request.get("cgroups", [])], os.getpid())
+    except OSError as error:
+        log.warning("joining a cgroup: %s", error)
+    serve.run(config, listener, loop)
 
 
 def _failure(error: errors.Error) -> dict[str, Any]:

@@ -77,6 +77,12 @@ class Server:
         listener.setblocking(False)
         self._servers.append(await asyncio.start_unix_server(self._accept, sock=listener, limit=1 << 18))
 
+    async def attend(self, connection: socket.socket) -> None:
+        """Serve one connected Unix socket until it ends."""
+        connection.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=1 << 18)
+        await self._accept(reader, writer)
+
     @property
     def connections(self) -> int:
         """Open connections."""
