@@ -395,7 +395,10 @@ class Tasks:
             failed = error
         faults.point(_DELETED)
         shim.tasks.discard(container_id)
-        await asyncio.gather(self.shims.release(shim, container_id), self._forget(task))
+        ending = self._owner.start(self.shims.release(shim, container_id), f"release {container_id}")
+        await self._forget(task)
+        if task.record.binary:
+            await ending  # only our own shims are known to have let go of everything by now
         if failed is not None:
             raise failed
         return found
