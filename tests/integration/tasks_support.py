@@ -64,7 +64,7 @@ class Client:
 
     def close(self) -> None:
         """Hang up and remove what was written; what a failed test left running goes, so that only it fails."""
-        for name in self.made:
+        for name in list(self.made):
             for step in (self.kill, self.wait, self.delete, self.remove):
                 with contextlib.suppress(grpc.RpcError, ValueError):
                     step(name)
