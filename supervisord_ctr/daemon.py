@@ -52,7 +52,7 @@ from supervisord_ctr.images.hosts import HostsConfig
 from supervisord_ctr.images.http import Http, Timeouts
 from supervisord_ctr.images.pull import Puller
 from supervisord_ctr.images.push import Pusher
-from supervisord_ctr.lifecycle import Notifier, exclusive, make_private_folder, stop_signals
+from supervisord_ctr.lifecycle import Notifier, exclusive, make_empty_folder, make_private_folder, stop_signals
 from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine, GcOptions
 from supervisord_ctr.model import Platform
@@ -170,7 +170,7 @@ class Daemon:
         pool = UnpackPool()
         stack.push_async_callback(pool.close)
         scratch = root / "scratch"
-        make_private_folder(scratch)
+        await executors.run_io(make_empty_folder, scratch)
         hosts = HostsConfig(settings.registry.config_path)
         puller = Puller(
             database, executors, pool, http, hosts, scratch=scratch,

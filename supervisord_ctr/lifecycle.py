@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import sdnotify
 
 from supervisord_ctr.errors import FailedPrecondition, from_os_error
+from supervisord_ctr.linux import mounts
 
 
 def make_private_folder(path: Path, mode: int = 0o700) -> None:
@@ -32,6 +34,17 @@ def make_private_folder(path: Path, mode: int = 0o700) -> None:
         raise FailedPrecondition(f"{path} exists and is not a directory", kind="folder", key=str(path)) from None
     except OSError as error:
         raise from_os_error(error, "cannot make folder") from error
+
+
+def make_empty_folder(path: Path) -> None:
+    """Make the private folder `path`; what a killed daemon had mounted or left there goes. Blocks."""
+    make_private_folder(path)
+    mounts.unmount_below(path)
+    for entry in list(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

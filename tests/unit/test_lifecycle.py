@@ -56,3 +56,14 @@ async def test_signals_begin_the_graceful_stop(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         async with asyncio.timeout(10):
             await stop.wait()
+
+
+def test_p5_what_a_killed_daemon_left_in_its_scratch_folder_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    lifecycle.make_empty_folder(folder)
+    (folder / "mount" / "inner").mkdir(parents=True)
+    (folder / "file").touch()
+    (folder / "link").symlink_to(tmp_path)
+    lifecycle.make_empty_folder(folder)
+    assert list(folder.iterdir()) == []
+    assert tmp_path.is_dir()
