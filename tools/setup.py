@@ -32,6 +32,7 @@ TEST = {
     "containerd": "containerd",
     "crun": "crun",
     "skopeo": "skopeo",
+    "umoci": "umoci",
     "iptables": "iptables",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "criu": "criu",
