@@ -146,11 +146,12 @@ class _Pull:
             report(self._sink, descriptor, "already exists", descriptor.size)
             return
         try:
+            if writer.commit_complete(self._source):
+                report(self._sink, descriptor, "already exists", descriptor.size)
+                return
             async with self._registry.open_blob(host, descriptor, writer.offset) as (start, response):
                 if start != writer.offset:
-                    writer.abort()
-                    writer = services.Writer(
-                        self._client, ref_key(descriptor), digest=descriptor.digest, size=descriptor.size)
+                    writer.restart()
                 async for data in self._body(response):
                     writer.write(data)
                     report(self._sink, descriptor, "downloading", writer.offset)

@@ -77,7 +77,11 @@ def edit_object(context: Context) -> None:
             file.write(part)
         file.flush()
         for command in filter(None, (editor, args.validate)):
-            if subprocess.run([*shlex.split(command), file.name], check=False).returncode:
+            try:
+                status = subprocess.run([*shlex.split(command), file.name], check=False).returncode
+            except FileNotFoundError:
+                raise Failed(f"{command}: no such program; nothing was stored") from None
+            if status:
                 raise Failed(f"{command}: failed; nothing was stored")
         with open(file.name, "rb") as edited:
             print(services.write_content(client, f"pctr-edit-{new_id()}", iter(lambda: edited.read(1 << 20), b"")))

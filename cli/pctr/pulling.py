@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pctr.command import Context
+from pctr.command import Context, Failed
 from pctr.image_config import host_platform, normalise
 from pctr.progress import display
 from pctr.transfer import Sink, Transfer
@@ -41,16 +42,27 @@ def parse_platform(text: str) -> types_pb2.Platform:
     return types_pb2.Platform(os=words[0], architecture=words[1], variant=words[2])
 
 
+def with_password(login: str) -> str:
+    """`NAME:PASSWORD` of a name: the password is asked for on a terminal, else it is a line of standard input."""
+    if ":" in login or not login:
+        return login
+    if sys.stdin.isatty():
+        import getpass
+
+        secret = getpass.getpass(f"password of {login}: ")
+    else:
+        secret = sys.stdin.readline().rstrip("\r\n")
+    if not secret:
+        raise Failed(f"no password of {login} was given")
+    return f"{login}:{secret}"
+
+
 def credentials_for(name: str, user: str) -> Credentials | None:
     """Credentials for the registry of `name`: those given, for that host only, else Docker's configuration."""
     if user:
         from supervisord_ctr.images.auth import Credential, Static
 
-        login, colon, secret = user.partition(":")
-        if not colon:
-            import getpass
-
-            secret = getpass.getpass(f"password of {login}: ")
+        login, _, secret = user.partition(":")
         domain = name.partition("/")[0]
         hosts = {domain, "registry-1.docker.io"} if domain == "docker.io" else {domain}
         return Static(frozenset(hosts), Credential(login, secret))

@@ -138,11 +138,34 @@ class Writer:
         self._client = client
         self.ref = ref
         self.digest = digest
-        self._call = client.stream(CONTENT + "Write", content_pb2.WriteContentResponse)
+        self.size = size
+        self._open()
+
+    def _open(self) -> None:
+        self._call = self._client.stream(CONTENT + "Write", content_pb2.WriteContentResponse)
         self._call.send(content_pb2.WriteContentRequest(
-            action=content_pb2.STAT, ref=ref, total=size, expected=digest))
+            action=content_pb2.STAT, ref=self.ref, total=self.size, expected=self.digest))
         status = self._call.receive()
         self.offset = status.offset if status is not None else 0
+
+    def commit_complete(self, labels: dict[str, str] | None = None) -> bool:
+        """Commit when every byte is there already: from another attempt, or from another namespace.
+
+        False when bytes are missing; what turns out to be wrong is thrown away.
+        """
+        if not self.digest or not self.size or self.offset < self.size:
+            return False
+        try:
+            self.commit(labels)
+        except errors.FailedPrecondition:
+            self.restart()
+            return False
+        return True
+
+    def restart(self) -> None:
+        """Throw away what was written, and begin again."""
+        self.abort()
+        self._open()
 
     def write(self, data: bytes) -> None:
         """Append."""
@@ -182,11 +205,12 @@ def write_content(
     """Write and commit a blob; returns its digest. One that exists already only gets the labels."""
     try:
         writer = Writer(client, ref, digest=digest, size=size)
-        if writer.offset:
-            # What another attempt left need not be of the same bytes.
-            writer.abort()
-            writer = Writer(client, ref, digest=digest, size=size)
         try:
+            if writer.commit_complete(labels):
+                return digest
+            if writer.offset:
+                # What another attempt left need not be of the same bytes.
+                writer.restart()
             for part in parts:
                 writer.write(part)
             return writer.commit(labels)

@@ -34,7 +34,8 @@ _PINNED = "io.cri-containerd.pinned"
 def registry_arguments(parser: Arguments) -> None:
     """Options of everything that talks to a registry."""
     group = parser.add_argument_group("registry")
-    group.add_argument("--user", metavar="NAME[:PASSWORD]", default="", help="credentials (asked for when incomplete)")
+    group.add_argument("--user", metavar="NAME[:PASSWORD]", default="",
+                       help="credentials; a password that is missing is asked for, or read from standard input")
     group.add_argument("--plain-http", action="store_true", help="no TLS")
     group.add_argument("-k", "--skip-verify", action="store_true", help="do not check the registry's certificate")
     group.add_argument("--hosts-dir", metavar="DIR", default="", help="registry hosts (DIR/HOST/hosts.toml)")
@@ -44,9 +45,9 @@ def registry_arguments(parser: Arguments) -> None:
 
 def registry_options(args: Any) -> RegistryOptions:
     """The options of `registry_arguments`."""
-    from pctr.pulling import RegistryOptions
+    from pctr.pulling import RegistryOptions, with_password
 
-    return RegistryOptions(args.user, args.plain_http, args.hosts_dir, args.skip_verify, args.local)
+    return RegistryOptions(with_password(args.user), args.plain_http, args.hosts_dir, args.skip_verify, args.local)
 
 
 def _pull_arguments(parser: Arguments) -> None:
