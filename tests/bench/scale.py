@@ -96,7 +96,7 @@ class Idle(Case):
 
 
 class Density(Case):
-    """A hundred containers that sleep: memory of shims and daemon, and the daemon's processor time."""
+    """A hundred containers that sleep, under a daemon just started: memory of shims and daemon, processor time."""
 
     count = 100
     name = "density"
@@ -107,11 +107,14 @@ class Density(Case):
     window = 4.0
 
     def ready(self, session: Session, subject: Subject) -> None:
-        chain, client = have_image(session, subject), subject.client
+        chain = have_image(session, subject)
+        subject.stop()
+        subject.start()
+        client = subject.client
 
         def bring_up(number: int) -> None:
-            client.create(DENSE, f"dense-{subject.name}-{number}", chain, SLEEP, subject.cgroup)
-            client.start(DENSE, f"dense-{subject.name}-{number}")
+            client.create(DENSE, f"dense-{subject.tag}-{number}", chain, SLEEP, subject.cgroup)
+            client.start(DENSE, f"dense-{subject.tag}-{number}")
 
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(bring_up, range(self.count)))

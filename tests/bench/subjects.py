@@ -42,6 +42,7 @@ class Subject:
         self.root, self.state = self.folder / "root", work / "run" / self.name
         self.address = str(work / "run" / f"{self.name}.sock")
         self.registry = registry
+        self.tag = f"{self.name}-{os.getpid()}"
         self.cgroup = f"/{work.name}-{self.name}"
         self.bridge = f"{work.name[-8:]}{number}"
         self.subnet = f"10.213.{number}.0/24"

@@ -37,8 +37,8 @@ class Tasks(Case):
         subject.client.purge(SPACE)
 
     def new_name(self, subject: Subject, word: str) -> str:
-        """A container id that was not used before, by either daemon: they may share their runtime's state folder."""
-        return f"{word}-{subject.name}-{next(self._numbers)}"
+        """An id that was not used before, by either daemon or another run: they may share their runtime's folder."""
+        return f"{word}-{subject.tag}-{next(self._numbers)}"
 
 
 def have_image(session: Session, subject: Subject) -> str:
@@ -96,14 +96,14 @@ class Exec(Tasks):
     def ready(self, session: Session, subject: Subject) -> None:
         super().ready(session, subject)
         client = subject.client
-        client.create(SPACE, f"exec-{subject.name}", self.chains[subject.name], SLEEP, subject.cgroup)
-        client.start(SPACE, f"exec-{subject.name}")
+        client.create(SPACE, f"exec-{subject.tag}", self.chains[subject.name], SLEEP, subject.cgroup)
+        client.start(SPACE, f"exec-{subject.tag}")
 
     def measure(self, session: Session, subject: Subject) -> Values:
         taken = []
         for _ in range(TIMES):
             name = self.new_name(subject, "exec")
-            taken.append(timed(lambda name=name: subject.client.exec(SPACE, f"exec-{subject.name}", name, ["true"])))  # type: ignore[misc]
+            taken.append(timed(lambda name=name: subject.client.exec(SPACE, f"exec-{subject.tag}", name, ["true"])))  # type: ignore[misc]
         return {"exec": statistics.median(taken) * 1000}
 
 
