@@ -23,6 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ContentCreate(_message.Message):
+    """A blob was committed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -45,6 +47,8 @@ Global___ContentCreate: _TypeAlias = ContentCreate  # noqa: Y015
 
 @_typing.final
 class ContentDelete(_message.Message):
+    """A blob was deleted or collected."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -64,6 +68,8 @@ Global___ContentDelete: _TypeAlias = ContentDelete  # noqa: Y015
 
 @_typing.final
 class SnapshotPrepare(_message.Message):
+    """An active or view snapshot was made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
@@ -89,6 +95,8 @@ Global___SnapshotPrepare: _TypeAlias = SnapshotPrepare  # noqa: Y015
 
 @_typing.final
 class SnapshotCommit(_message.Message):
+    """An active snapshot became a committed one."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
@@ -96,6 +104,7 @@ class SnapshotCommit(_message.Message):
     SNAPSHOTTER_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     name: _builtins.str
+    """Name of what was committed; `key` is what it was called while active."""
     snapshotter: _builtins.str
     def __init__(
         self,
@@ -114,6 +123,8 @@ Global___SnapshotCommit: _TypeAlias = SnapshotCommit  # noqa: Y015
 
 @_typing.final
 class SnapshotRemove(_message.Message):
+    """A snapshot of any kind was removed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
@@ -136,6 +147,8 @@ Global___SnapshotRemove: _TypeAlias = SnapshotRemove  # noqa: Y015
 
 @_typing.final
 class SandboxCreate(_message.Message):
+    """A sandbox is known to its controller; nothing of it runs yet."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SANDBOX_ID_FIELD_NUMBER: _builtins.int
@@ -155,6 +168,8 @@ Global___SandboxCreate: _TypeAlias = SandboxCreate  # noqa: Y015
 
 @_typing.final
 class SandboxStart(_message.Message):
+    """A sandbox is up."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SANDBOX_ID_FIELD_NUMBER: _builtins.int
@@ -174,6 +189,8 @@ Global___SandboxStart: _TypeAlias = SandboxStart  # noqa: Y015
 
 @_typing.final
 class SandboxExit(_message.Message):
+    """A sandbox has ended by itself or was stopped."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SANDBOX_ID_FIELD_NUMBER: _builtins.int
@@ -200,6 +217,8 @@ Global___SandboxExit: _TypeAlias = SandboxExit  # noqa: Y015
 
 @_typing.final
 class ContainerCreate(_message.Message):
+    """A container's record was made; no process yet."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -247,6 +266,8 @@ Global___ContainerCreate: _TypeAlias = ContainerCreate  # noqa: Y015
 
 @_typing.final
 class ContainerUpdate(_message.Message):
+    """A container's record changed; holds what it is now."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -296,6 +317,8 @@ Global___ContainerUpdate: _TypeAlias = ContainerUpdate  # noqa: Y015
 
 @_typing.final
 class ContainerDelete(_message.Message):
+    """A container's record is gone."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -315,6 +338,8 @@ Global___ContainerDelete: _TypeAlias = ContainerDelete  # noqa: Y015
 
 @_typing.final
 class NamespaceCreate(_message.Message):
+    """A namespace was made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -358,6 +383,8 @@ Global___NamespaceCreate: _TypeAlias = NamespaceCreate  # noqa: Y015
 
 @_typing.final
 class NamespaceUpdate(_message.Message):
+    """A namespace's labels changed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -401,6 +428,8 @@ Global___NamespaceUpdate: _TypeAlias = NamespaceUpdate  # noqa: Y015
 
 @_typing.final
 class NamespaceDelete(_message.Message):
+    """A namespace is gone; it was empty."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -420,6 +449,8 @@ Global___NamespaceDelete: _TypeAlias = NamespaceDelete  # noqa: Y015
 
 @_typing.final
 class TaskCreate(_message.Message):
+    """A container's process exists and waits for its start."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -431,6 +462,7 @@ class TaskCreate(_message.Message):
     container_id: _builtins.str
     bundle: _builtins.str
     checkpoint: _builtins.str
+    """Digest of the checkpoint that it was restored from, if any."""
     pid: _builtins.int
     @_builtins.property
     def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
@@ -456,6 +488,8 @@ Global___TaskCreate: _TypeAlias = TaskCreate  # noqa: Y015
 
 @_typing.final
 class TaskStart(_message.Message):
+    """A container's own program runs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -478,6 +512,8 @@ Global___TaskStart: _TypeAlias = TaskStart  # noqa: Y015
 
 @_typing.final
 class TaskDelete(_message.Message):
+    """A task or an exec was deleted and its exit handed over."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -489,6 +525,7 @@ class TaskDelete(_message.Message):
     pid: _builtins.int
     exit_status: _builtins.int
     id: _builtins.str
+    """Empty for the container's first process, else the exec's id."""
     @_builtins.property
     def exited_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -510,6 +547,8 @@ Global___TaskDelete: _TypeAlias = TaskDelete  # noqa: Y015
 
 @_typing.final
 class TaskIO(_message.Message):
+    """Where a process's streams go: paths of fifos, or URIs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STDIN_FIELD_NUMBER: _builtins.int
@@ -538,6 +577,8 @@ Global___TaskIO: _TypeAlias = TaskIO  # noqa: Y015
 
 @_typing.final
 class TaskExit(_message.Message):
+    """A process ended. Sent for execs, too, with their own `id`."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -547,6 +588,7 @@ class TaskExit(_message.Message):
     EXITED_AT_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     id: _builtins.str
+    """The container's id for its first process, else the exec's id."""
     pid: _builtins.int
     exit_status: _builtins.int
     @_builtins.property
@@ -570,6 +612,8 @@ Global___TaskExit: _TypeAlias = TaskExit  # noqa: Y015
 
 @_typing.final
 class TaskOOM(_message.Message):
+    """The kernel killed something in the container's cgroup for want of memory."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -589,6 +633,8 @@ Global___TaskOOM: _TypeAlias = TaskOOM  # noqa: Y015
 
 @_typing.final
 class TaskExecAdded(_message.Message):
+    """An exec is known and not yet started."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -611,6 +657,8 @@ Global___TaskExecAdded: _TypeAlias = TaskExecAdded  # noqa: Y015
 
 @_typing.final
 class TaskExecStarted(_message.Message):
+    """An exec runs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -636,6 +684,8 @@ Global___TaskExecStarted: _TypeAlias = TaskExecStarted  # noqa: Y015
 
 @_typing.final
 class TaskPaused(_message.Message):
+    """Every process of the container is frozen."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -655,6 +705,8 @@ Global___TaskPaused: _TypeAlias = TaskPaused  # noqa: Y015
 
 @_typing.final
 class TaskResumed(_message.Message):
+    """The container runs again."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -674,6 +726,8 @@ Global___TaskResumed: _TypeAlias = TaskResumed  # noqa: Y015
 
 @_typing.final
 class TaskCheckpointed(_message.Message):
+    """A checkpoint was written; the container may or may not have been stopped by it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int

@@ -22,6 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Platform(_message.Message):
+    """What an image runs on."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OS_FIELD_NUMBER: _builtins.int
@@ -32,6 +34,7 @@ class Platform(_message.Message):
     os: _builtins.str
     architecture: _builtins.str
     variant: _builtins.str
+    """Of the architecture: v7, v8 …"""
     os_version: _builtins.str
     @_builtins.property
     def os_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -54,6 +57,8 @@ Global___Platform: _TypeAlias = Platform  # noqa: Y015
 
 @_typing.final
 class Envelope(_message.Message):
+    """An event with its time, namespace and topic."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TIMESTAMP_FIELD_NUMBER: _builtins.int
@@ -84,6 +89,8 @@ Global___Envelope: _TypeAlias = Envelope  # noqa: Y015
 
 @_typing.final
 class Sandbox(_message.Message):
+    """A sandbox's record."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -158,6 +165,7 @@ class Sandbox(_message.Message):
     SANDBOXER_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     sandboxer: _builtins.str
+    """Who keeps it: podsandbox, or shim."""
     @_builtins.property
     def runtime(self) -> Global___Sandbox.Runtime: ...
     @_builtins.property
@@ -192,6 +200,8 @@ Global___Sandbox: _TypeAlias = Sandbox  # noqa: Y015
 
 @_typing.final
 class Metric(_message.Message):
+    """One task's figures."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TIMESTAMP_FIELD_NUMBER: _builtins.int
@@ -219,6 +229,8 @@ Global___Metric: _TypeAlias = Metric  # noqa: Y015
 
 @_typing.final
 class Mount(_message.Message):
+    """What to mount, as mount(8) has it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TYPE_FIELD_NUMBER: _builtins.int
@@ -228,6 +240,7 @@ class Mount(_message.Message):
     type: _builtins.str
     source: _builtins.str
     target: _builtins.str
+    """Below the root of what is mounted; empty for the root."""
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -248,6 +261,8 @@ Global___Mount: _TypeAlias = Mount  # noqa: Y015
 
 @_typing.final
 class ActiveMount(_message.Message):
+    """A mount that the daemon holds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -299,6 +314,8 @@ Global___ActiveMount: _TypeAlias = ActiveMount  # noqa: Y015
 
 @_typing.final
 class ActivationInfo(_message.Message):
+    """Mounts that were activated together."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -327,9 +344,13 @@ class ActivationInfo(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     @_builtins.property
-    def active(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActiveMount]: ...
+    def active(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActiveMount]:
+        """Mounted by the daemon."""
+
     @_builtins.property
-    def system(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mount]: ...
+    def system(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mount]:
+        """Left for the client to mount."""
+
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -350,6 +371,8 @@ Global___ActivationInfo: _TypeAlias = ActivationInfo  # noqa: Y015
 
 @_typing.final
 class RuntimeRequest(_message.Message):
+    """Asks a runtime what it can do."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUNTIME_PATH_FIELD_NUMBER: _builtins.int
@@ -395,6 +418,8 @@ Global___RuntimeVersion: _TypeAlias = RuntimeVersion  # noqa: Y015
 
 @_typing.final
 class RuntimeInfo(_message.Message):
+    """What a runtime says of itself."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -428,7 +453,9 @@ class RuntimeInfo(_message.Message):
     @_builtins.property
     def options(self) -> _any_pb2.Any: ...
     @_builtins.property
-    def features(self) -> _any_pb2.Any: ...
+    def features(self) -> _any_pb2.Any:
+        """The OCI runtime specification's features document."""
+
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -450,6 +477,8 @@ Global___RuntimeInfo: _TypeAlias = RuntimeInfo  # noqa: Y015
 
 @_typing.final
 class Descriptor(_message.Message):
+    """A blob as the OCI image specification refers to it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -478,6 +507,7 @@ class Descriptor(_message.Message):
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
     digest: _builtins.str
+    """algorithm:hex."""
     size: _builtins.int
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...

@@ -20,6 +20,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Metrics(_message.Message):
+    """Figures of a cgroup of version 1; times are nanoseconds, sizes bytes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HUGETLB_FIELD_NUMBER: _builtins.int
@@ -175,6 +177,8 @@ Global___CPUUsage: _TypeAlias = CPUUsage  # noqa: Y015
 
 @_typing.final
 class Throttle(_message.Message):
+    """Of the CPU's quota."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PERIODS_FIELD_NUMBER: _builtins.int
@@ -328,6 +332,8 @@ Global___MemoryStat: _TypeAlias = MemoryStat  # noqa: Y015
 
 @_typing.final
 class MemoryEntry(_message.Message):
+    """One of memory, memory and swap, kernel memory, kernel memory of TCP."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LIMIT_FIELD_NUMBER: _builtins.int
@@ -429,6 +435,8 @@ Global___BlkIOStat: _TypeAlias = BlkIOStat  # noqa: Y015
 
 @_typing.final
 class BlkIOEntry(_message.Message):
+    """One device and operation."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OP_FIELD_NUMBER: _builtins.int

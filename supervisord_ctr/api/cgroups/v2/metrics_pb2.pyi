@@ -20,6 +20,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Metrics(_message.Message):
+    """Figures of a cgroup of version 2; times are microseconds, sizes bytes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PIDS_FIELD_NUMBER: _builtins.int
@@ -96,6 +98,8 @@ Global___PSIData: _TypeAlias = PSIData  # noqa: Y015
 
 @_typing.final
 class PSIStats(_message.Message):
+    """Pressure stall information: time lost waiting, by some and by all."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SOME_FIELD_NUMBER: _builtins.int
@@ -317,6 +321,8 @@ Global___MemoryStat: _TypeAlias = MemoryStat  # noqa: Y015
 
 @_typing.final
 class MemoryEvents(_message.Message):
+    """How often limits were met; the cgroup's own count."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LOW_FIELD_NUMBER: _builtins.int

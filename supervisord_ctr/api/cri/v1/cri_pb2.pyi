@@ -46,7 +46,8 @@ class _MountPropagationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Moun
     PROPAGATION_HOST_TO_CONTAINER: _MountPropagation.ValueType  # 1
     PROPAGATION_BIDIRECTIONAL: _MountPropagation.ValueType  # 2
 
-class MountPropagation(_MountPropagation, metaclass=_MountPropagationEnumTypeWrapper): ...
+class MountPropagation(_MountPropagation, metaclass=_MountPropagationEnumTypeWrapper):
+    """As the kernel's mount propagation."""
 
 PROPAGATION_PRIVATE: MountPropagation.ValueType  # 0
 PROPAGATION_HOST_TO_CONTAINER: MountPropagation.ValueType  # 1
@@ -64,7 +65,8 @@ class _NamespaceModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Namespa
     NODE: _NamespaceMode.ValueType  # 2
     TARGET: _NamespaceMode.ValueType  # 3
 
-class NamespaceMode(_NamespaceMode, metaclass=_NamespaceModeEnumTypeWrapper): ...
+class NamespaceMode(_NamespaceMode, metaclass=_NamespaceModeEnumTypeWrapper):
+    """Whose namespace: the pod's, the container's own, the node's, or another container's."""
 
 POD: NamespaceMode.ValueType  # 0
 CONTAINER: NamespaceMode.ValueType  # 1
@@ -81,7 +83,8 @@ class _SupplementalGroupsPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapp
     Merge: _SupplementalGroupsPolicy.ValueType  # 0
     Strict: _SupplementalGroupsPolicy.ValueType  # 1
 
-class SupplementalGroupsPolicy(_SupplementalGroupsPolicy, metaclass=_SupplementalGroupsPolicyEnumTypeWrapper): ...
+class SupplementalGroupsPolicy(_SupplementalGroupsPolicy, metaclass=_SupplementalGroupsPolicyEnumTypeWrapper):
+    """Whether groups of the image's /etc/group are added to those of the request."""
 
 Merge: SupplementalGroupsPolicy.ValueType  # 0
 Strict: SupplementalGroupsPolicy.ValueType  # 1
@@ -96,7 +99,8 @@ class _PodSandboxStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PodSa
     SANDBOX_READY: _PodSandboxState.ValueType  # 0
     SANDBOX_NOTREADY: _PodSandboxState.ValueType  # 1
 
-class PodSandboxState(_PodSandboxState, metaclass=_PodSandboxStateEnumTypeWrapper): ...
+class PodSandboxState(_PodSandboxState, metaclass=_PodSandboxStateEnumTypeWrapper):
+    """Ready, or not; a pod that is not ready is replaced."""
 
 SANDBOX_READY: PodSandboxState.ValueType  # 0
 SANDBOX_NOTREADY: PodSandboxState.ValueType  # 1
@@ -256,7 +260,8 @@ class _ContainerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Contai
     CONTAINER_EXITED: _ContainerState.ValueType  # 2
     CONTAINER_UNKNOWN: _ContainerState.ValueType  # 3
 
-class ContainerState(_ContainerState, metaclass=_ContainerStateEnumTypeWrapper): ...
+class ContainerState(_ContainerState, metaclass=_ContainerStateEnumTypeWrapper):
+    """Where a container is in its life."""
 
 CONTAINER_CREATED: ContainerState.ValueType  # 0
 CONTAINER_RUNNING: ContainerState.ValueType  # 1
@@ -275,7 +280,8 @@ class _ContainerEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Co
     CONTAINER_STOPPED_EVENT: _ContainerEventType.ValueType  # 2
     CONTAINER_DELETED_EVENT: _ContainerEventType.ValueType  # 3
 
-class ContainerEventType(_ContainerEventType, metaclass=_ContainerEventTypeEnumTypeWrapper): ...
+class ContainerEventType(_ContainerEventType, metaclass=_ContainerEventTypeEnumTypeWrapper):
+    """What changed."""
 
 CONTAINER_CREATED_EVENT: ContainerEventType.ValueType  # 0
 CONTAINER_STARTED_EVENT: ContainerEventType.ValueType  # 1
@@ -292,7 +298,8 @@ class _MetricTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MetricType
     COUNTER: _MetricType.ValueType  # 0
     GAUGE: _MetricType.ValueType  # 1
 
-class MetricType(_MetricType, metaclass=_MetricTypeEnumTypeWrapper): ...
+class MetricType(_MetricType, metaclass=_MetricTypeEnumTypeWrapper):
+    """Counter or gauge."""
 
 COUNTER: MetricType.ValueType  # 0
 GAUGE: MetricType.ValueType  # 1
@@ -307,7 +314,8 @@ class _CgroupDriverEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CgroupDr
     SYSTEMD: _CgroupDriver.ValueType  # 0
     CGROUPFS: _CgroupDriver.ValueType  # 1
 
-class CgroupDriver(_CgroupDriver, metaclass=_CgroupDriverEnumTypeWrapper): ...
+class CgroupDriver(_CgroupDriver, metaclass=_CgroupDriverEnumTypeWrapper):
+    """Who makes cgroups: systemd, or the runtime itself."""
 
 SYSTEMD: CgroupDriver.ValueType  # 0
 CGROUPFS: CgroupDriver.ValueType  # 1
@@ -362,6 +370,8 @@ Global___VersionResponse: _TypeAlias = VersionResponse  # noqa: Y015
 
 @_typing.final
 class DNSConfig(_message.Message):
+    """What goes into the pod's resolv.conf; without it the node's is used."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVERS_FIELD_NUMBER: _builtins.int
@@ -390,6 +400,8 @@ Global___DNSConfig: _TypeAlias = DNSConfig  # noqa: Y015
 
 @_typing.final
 class PortMapping(_message.Message):
+    """A port of the node that leads to the pod."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
@@ -399,7 +411,9 @@ class PortMapping(_message.Message):
     protocol: Global___Protocol.ValueType
     container_port: _builtins.int
     host_port: _builtins.int
+    """0 means that nothing of the node leads there."""
     host_ip: _builtins.str
+    """Address of the node to listen on; empty means all."""
     def __init__(
         self,
         *,
@@ -418,6 +432,8 @@ Global___PortMapping: _TypeAlias = PortMapping  # noqa: Y015
 
 @_typing.final
 class Mount(_message.Message):
+    """Something of the node, or an image, seen inside a container."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_PATH_FIELD_NUMBER: _builtins.int
@@ -433,17 +449,26 @@ class Mount(_message.Message):
     MOUNT_OPTIONS_FIELD_NUMBER: _builtins.int
     container_path: _builtins.str
     host_path: _builtins.str
+    """Made as a folder when it is missing."""
     readonly: _builtins.bool
     selinux_relabel: _builtins.bool
+    """Give it the container's SELinux label."""
     propagation: Global___MountPropagation.ValueType
+    """Whether later mounts below pass in, out, or not."""
     recursive_read_only: _builtins.bool
+    """Read-only for everything mounted below, too; refused where that cannot be had."""
     image_sub_path: _builtins.str
+    """Folder inside that image."""
     @_builtins.property
-    def uidMappings(self) -> _containers.RepeatedCompositeFieldContainer[Global___IDMapping]: ...
+    def uidMappings(self) -> _containers.RepeatedCompositeFieldContainer[Global___IDMapping]:
+        """Owners as the container sees them, by an id-mapped mount."""
+
     @_builtins.property
     def gidMappings(self) -> _containers.RepeatedCompositeFieldContainer[Global___IDMapping]: ...
     @_builtins.property
-    def image(self) -> Global___ImageSpec: ...
+    def image(self) -> Global___ImageSpec:
+        """An image to mount instead of a path."""
+
     @_builtins.property
     def mount_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -471,6 +496,8 @@ Global___Mount: _TypeAlias = Mount  # noqa: Y015
 
 @_typing.final
 class IDMapping(_message.Message):
+    """A range of ids of a user namespace."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HOST_ID_FIELD_NUMBER: _builtins.int
@@ -496,6 +523,8 @@ Global___IDMapping: _TypeAlias = IDMapping  # noqa: Y015
 
 @_typing.final
 class UserNamespace(_message.Message):
+    """Whether the pod has a user namespace, and its ids."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODE_FIELD_NUMBER: _builtins.int
@@ -523,6 +552,8 @@ Global___UserNamespace: _TypeAlias = UserNamespace  # noqa: Y015
 
 @_typing.final
 class NamespaceOption(_message.Message):
+    """Whose namespaces are used."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NETWORK_FIELD_NUMBER: _builtins.int
@@ -534,6 +565,7 @@ class NamespaceOption(_message.Message):
     pid: Global___NamespaceMode.ValueType
     ipc: Global___NamespaceMode.ValueType
     target_id: _builtins.str
+    """Container whose pid namespace is joined, in TARGET mode."""
     @_builtins.property
     def userns_options(self) -> Global___UserNamespace: ...
     def __init__(
@@ -555,6 +587,8 @@ Global___NamespaceOption: _TypeAlias = NamespaceOption  # noqa: Y015
 
 @_typing.final
 class Int64Value(_message.Message):
+    """A number that may be missing."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUE_FIELD_NUMBER: _builtins.int
@@ -574,6 +608,8 @@ Global___Int64Value: _TypeAlias = Int64Value  # noqa: Y015
 
 @_typing.final
 class LinuxSandboxSecurityContext(_message.Message):
+    """Rights and limits of the pod's environment."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMESPACE_OPTIONS_FIELD_NUMBER: _builtins.int
@@ -589,6 +625,7 @@ class LinuxSandboxSecurityContext(_message.Message):
     SUPPLEMENTAL_GROUPS_POLICY_FIELD_NUMBER: _builtins.int
     readonly_rootfs: _builtins.bool
     privileged: _builtins.bool
+    """Some container of the pod will be privileged."""
     seccomp_profile_path: _builtins.str
     supplemental_groups_policy: Global___SupplementalGroupsPolicy.ValueType
     @_builtins.property
@@ -630,6 +667,8 @@ Global___LinuxSandboxSecurityContext: _TypeAlias = LinuxSandboxSecurityContext  
 
 @_typing.final
 class SecurityProfile(_message.Message):
+    """A seccomp or AppArmor profile: the runtime's, one on the node, or none."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     class _ProfileType:
@@ -651,6 +690,7 @@ class SecurityProfile(_message.Message):
     LOCALHOST_REF_FIELD_NUMBER: _builtins.int
     profile_type: Global___SecurityProfile.ProfileType.ValueType
     localhost_ref: _builtins.str
+    """Path of a seccomp profile, or name of an AppArmor one."""
     def __init__(
         self,
         *,
@@ -667,6 +707,8 @@ Global___SecurityProfile: _TypeAlias = SecurityProfile  # noqa: Y015
 
 @_typing.final
 class LinuxPodSandboxConfig(_message.Message):
+    """What only Linux has."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -695,14 +737,19 @@ class LinuxPodSandboxConfig(_message.Message):
     OVERHEAD_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
     cgroup_parent: _builtins.str
+    """Cgroup that the pod's containers are made below; the kubelet has made it."""
     @_builtins.property
     def security_context(self) -> Global___LinuxSandboxSecurityContext: ...
     @_builtins.property
     def sysctls(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def overhead(self) -> Global___LinuxContainerResources: ...
+    def overhead(self) -> Global___LinuxContainerResources:
+        """What the pod takes by itself, beside its containers."""
+
     @_builtins.property
-    def resources(self) -> Global___LinuxContainerResources: ...
+    def resources(self) -> Global___LinuxContainerResources:
+        """The sum of its containers' limits."""
+
     def __init__(
         self,
         *,
@@ -722,6 +769,8 @@ Global___LinuxPodSandboxConfig: _TypeAlias = LinuxPodSandboxConfig  # noqa: Y015
 
 @_typing.final
 class PodSandboxMetadata(_message.Message):
+    """What makes a pod unique on a node: all four together."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -732,6 +781,7 @@ class PodSandboxMetadata(_message.Message):
     uid: _builtins.str
     namespace: _builtins.str
     attempt: _builtins.int
+    """Counts the sandboxes of one pod."""
     def __init__(
         self,
         *,
@@ -750,6 +800,8 @@ Global___PodSandboxMetadata: _TypeAlias = PodSandboxMetadata  # noqa: Y015
 
 @_typing.final
 class PodSandboxConfig(_message.Message):
+    """Everything about a pod that is to be made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -803,6 +855,7 @@ class PodSandboxConfig(_message.Message):
     WINDOWS_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     log_directory: _builtins.str
+    """Folder of its containers' log files."""
     @_builtins.property
     def metadata(self) -> Global___PodSandboxMetadata: ...
     @_builtins.property
@@ -812,7 +865,9 @@ class PodSandboxConfig(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Data of clients, given back as they came; some are for the runtime."""
+
     @_builtins.property
     def linux(self) -> Global___LinuxPodSandboxConfig: ...
     @_builtins.property
@@ -845,6 +900,7 @@ class RunPodSandboxRequest(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     RUNTIME_HANDLER_FIELD_NUMBER: _builtins.int
     runtime_handler: _builtins.str
+    """Name of a runtime class of the configuration; empty means the default."""
     @_builtins.property
     def config(self) -> Global___PodSandboxConfig: ...
     def __init__(
@@ -956,6 +1012,7 @@ class PodSandboxStatusRequest(_message.Message):
     VERBOSE_FIELD_NUMBER: _builtins.int
     pod_sandbox_id: _builtins.str
     verbose: _builtins.bool
+    """Fill `info` with what only people read."""
     def __init__(
         self,
         *,
@@ -1212,6 +1269,8 @@ Global___PodSandboxStateValue: _TypeAlias = PodSandboxStateValue  # noqa: Y015
 
 @_typing.final
 class PodSandboxFilter(_message.Message):
+    """All that is given must match."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -1680,6 +1739,8 @@ Global___PodSandboxStats: _TypeAlias = PodSandboxStats  # noqa: Y015
 
 @_typing.final
 class LinuxPodSandboxStats(_message.Message):
+    """Of one pod, all containers together."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CPU_FIELD_NUMBER: _builtins.int
@@ -1926,6 +1987,8 @@ Global___WindowsProcessUsage: _TypeAlias = WindowsProcessUsage  # noqa: Y015
 
 @_typing.final
 class ImageSpec(_message.Message):
+    """An image in a request or an answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -1954,9 +2017,12 @@ class ImageSpec(_message.Message):
     RUNTIME_HANDLER_FIELD_NUMBER: _builtins.int
     IMAGE_REF_FIELD_NUMBER: _builtins.int
     image: _builtins.str
+    """A name, a digest, or an id."""
     user_specified_image: _builtins.str
+    """As the pod's author wrote it."""
     runtime_handler: _builtins.str
     image_ref: _builtins.str
+    """What it was resolved to."""
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -2000,6 +2066,8 @@ Global___KeyValue: _TypeAlias = KeyValue  # noqa: Y015
 
 @_typing.final
 class LinuxContainerResources(_message.Message):
+    """Limits of a container; 0 means none."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -2037,13 +2105,17 @@ class LinuxContainerResources(_message.Message):
     cpu_shares: _builtins.int
     memory_limit_in_bytes: _builtins.int
     oom_score_adj: _builtins.int
+    """Lower is killed later."""
     cpuset_cpus: _builtins.str
     cpuset_mems: _builtins.str
     memory_swap_limit_in_bytes: _builtins.int
+    """Memory and swap together."""
     @_builtins.property
     def hugepage_limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___HugepageLimit]: ...
     @_builtins.property
-    def unified(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def unified(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Files of cgroup v2 and their values."""
+
     def __init__(
         self,
         *,
@@ -2068,6 +2140,8 @@ Global___LinuxContainerResources: _TypeAlias = LinuxContainerResources  # noqa: 
 
 @_typing.final
 class HugepageLimit(_message.Message):
+    """Of one size of pages."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
@@ -2118,6 +2192,8 @@ Global___SELinuxOption: _TypeAlias = SELinuxOption  # noqa: Y015
 
 @_typing.final
 class Capability(_message.Message):
+    """Changes to the default set; ALL means every one."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADD_CAPABILITIES_FIELD_NUMBER: _builtins.int
@@ -2146,6 +2222,8 @@ Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
 class LinuxContainerSecurityContext(_message.Message):
+    """Rights of a container."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CAPABILITIES_FIELD_NUMBER: _builtins.int
@@ -2167,10 +2245,12 @@ class LinuxContainerSecurityContext(_message.Message):
     SUPPLEMENTAL_GROUPS_POLICY_FIELD_NUMBER: _builtins.int
     privileged: _builtins.bool
     run_as_username: _builtins.str
+    """Looked up in the image's /etc/passwd; not together with run_as_user."""
     readonly_rootfs: _builtins.bool
     apparmor_profile: _builtins.str
     seccomp_profile_path: _builtins.str
     no_new_privs: _builtins.bool
+    """No program gives more rights than its starter has."""
     supplemental_groups_policy: Global___SupplementalGroupsPolicy.ValueType
     @_builtins.property
     def capabilities(self) -> Global___Capability: ...
@@ -2183,11 +2263,17 @@ class LinuxContainerSecurityContext(_message.Message):
     @_builtins.property
     def supplemental_groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def run_as_group(self) -> Global___Int64Value: ...
+    def run_as_group(self) -> Global___Int64Value:
+        """Only together with a user."""
+
     @_builtins.property
-    def masked_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def masked_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Not to be seen inside."""
+
     @_builtins.property
-    def readonly_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def readonly_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Not to be written inside."""
+
     @_builtins.property
     def seccomp(self) -> Global___SecurityProfile: ...
     @_builtins.property
@@ -2247,6 +2333,8 @@ Global___LinuxContainerConfig: _TypeAlias = LinuxContainerConfig  # noqa: Y015
 
 @_typing.final
 class LinuxContainerUser(_message.Message):
+    """Who a container's process runs as."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     UID_FIELD_NUMBER: _builtins.int
@@ -2447,12 +2535,15 @@ Global___WindowsCpuGroupAffinity: _TypeAlias = WindowsCpuGroupAffinity  # noqa: 
 
 @_typing.final
 class ContainerMetadata(_message.Message):
+    """What makes a container unique in its pod."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     attempt: _builtins.int
+    """Counts the containers of one name."""
     def __init__(
         self,
         *,
@@ -2469,6 +2560,8 @@ Global___ContainerMetadata: _TypeAlias = ContainerMetadata  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):
+    """A device of the node."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_PATH_FIELD_NUMBER: _builtins.int
@@ -2477,6 +2570,7 @@ class Device(_message.Message):
     container_path: _builtins.str
     host_path: _builtins.str
     permissions: _builtins.str
+    """Of the cgroup: r, w and m."""
     def __init__(
         self,
         *,
@@ -2494,6 +2588,8 @@ Global___Device: _TypeAlias = Device  # noqa: Y015
 
 @_typing.final
 class CDIDevice(_message.Message):
+    """A device by its name in the Container Device Interface: vendor/class=name."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -2513,6 +2609,8 @@ Global___CDIDevice: _TypeAlias = CDIDevice  # noqa: Y015
 
 @_typing.final
 class ContainerConfig(_message.Message):
+    """Everything about a container that is to be made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -2575,18 +2673,25 @@ class ContainerConfig(_message.Message):
     STOP_SIGNAL_FIELD_NUMBER: _builtins.int
     working_dir: _builtins.str
     log_path: _builtins.str
+    """Below the pod's log folder."""
     stdin: _builtins.bool
     stdin_once: _builtins.bool
+    """Close standard input when the first client that attached leaves."""
     tty: _builtins.bool
     stop_signal: Global___Signal.ValueType
+    """Instead of the image's."""
     @_builtins.property
     def metadata(self) -> Global___ContainerMetadata: ...
     @_builtins.property
     def image(self) -> Global___ImageSpec: ...
     @_builtins.property
-    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Instead of the image's entrypoint."""
+
     @_builtins.property
-    def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Instead of the image's command."""
+
     @_builtins.property
     def envs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyValue]: ...
     @_builtins.property
@@ -2721,6 +2826,7 @@ class StopContainerRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     timeout: _builtins.int
+    """Seconds before SIGKILL; 0 kills at once."""
     def __init__(
         self,
         *,
@@ -2805,6 +2911,8 @@ Global___ContainerStateValue: _TypeAlias = ContainerStateValue  # noqa: Y015
 
 @_typing.final
 class ContainerFilter(_message.Message):
+    """All that is given must match; an id may be shortened."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -3047,6 +3155,8 @@ Global___ContainerStatusRequest: _TypeAlias = ContainerStatusRequest  # noqa: Y0
 
 @_typing.final
 class ContainerStatus(_message.Message):
+    """What a container is; times are nanoseconds since 1970."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -3116,9 +3226,12 @@ class ContainerStatus(_message.Message):
     exit_code: _builtins.int
     image_ref: _builtins.str
     reason: _builtins.str
+    """One word for machines: Completed, Error, OOMKilled …"""
     message: _builtins.str
+    """A sentence for people."""
     log_path: _builtins.str
     image_id: _builtins.str
+    """Digest of the image's configuration."""
     stop_signal: Global___Signal.ValueType
     @_builtins.property
     def metadata(self) -> Global___ContainerMetadata: ...
@@ -3328,6 +3441,7 @@ class ExecSyncRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     timeout: _builtins.int
+    """Seconds; 0 means no limit."""
     @_builtins.property
     def cmd(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -3518,6 +3632,8 @@ Global___PortForwardResponse: _TypeAlias = PortForwardResponse  # noqa: Y015
 
 @_typing.final
 class ImageFilter(_message.Message):
+    """All that is given must match."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     IMAGE_FIELD_NUMBER: _builtins.int
@@ -3558,6 +3674,8 @@ Global___ListImagesRequest: _TypeAlias = ListImagesRequest  # noqa: Y015
 
 @_typing.final
 class Image(_message.Message):
+    """One image with all its names."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -3569,15 +3687,20 @@ class Image(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """Digest of its configuration."""
     size: _builtins.int
     username: _builtins.str
+    """Of the user that it runs as, when that is not a number."""
     pinned: _builtins.bool
+    """A kubelet must not remove it to make room."""
     @_builtins.property
     def repo_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def repo_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def uid(self) -> Global___Int64Value: ...
+    def uid(self) -> Global___Int64Value:
+        """Of the user that it runs as, when that is a number."""
+
     @_builtins.property
     def spec(self) -> Global___ImageSpec: ...
     def __init__(
@@ -3729,6 +3852,8 @@ Global___ImageStatusResponse: _TypeAlias = ImageStatusResponse  # noqa: Y015
 
 @_typing.final
 class AuthConfig(_message.Message):
+    """Credentials for one registry."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USERNAME_FIELD_NUMBER: _builtins.int
@@ -3740,9 +3865,13 @@ class AuthConfig(_message.Message):
     username: _builtins.str
     password: _builtins.str
     auth: _builtins.str
+    """User and password, joined by a colon, in base64."""
     server_address: _builtins.str
+    """The registry that they are meant for, and no other."""
     identity_token: _builtins.str
+    """Exchanged for a registry token."""
     registry_token: _builtins.str
+    """Sent as it is."""
     def __init__(
         self,
         *,
@@ -3773,7 +3902,9 @@ class PullImageRequest(_message.Message):
     @_builtins.property
     def auth(self) -> Global___AuthConfig: ...
     @_builtins.property
-    def sandbox_config(self) -> Global___PodSandboxConfig: ...
+    def sandbox_config(self) -> Global___PodSandboxConfig:
+        """The pod that needs the image."""
+
     def __init__(
         self,
         *,
@@ -3795,6 +3926,7 @@ class PullImageResponse(_message.Message):
 
     IMAGE_REF_FIELD_NUMBER: _builtins.int
     image_ref: _builtins.str
+    """What containers are to name."""
     def __init__(
         self,
         *,
@@ -3919,6 +4051,8 @@ Global___UpdateRuntimeConfigResponse: _TypeAlias = UpdateRuntimeConfigResponse  
 
 @_typing.final
 class RuntimeCondition(_message.Message):
+    """One thing that must be so."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TYPE_FIELD_NUMBER: _builtins.int
@@ -3928,7 +4062,9 @@ class RuntimeCondition(_message.Message):
     type: _builtins.str
     status: _builtins.bool
     reason: _builtins.str
+    """One word for machines."""
     message: _builtins.str
+    """A sentence for people."""
     def __init__(
         self,
         *,
@@ -3947,6 +4083,8 @@ Global___RuntimeCondition: _TypeAlias = RuntimeCondition  # noqa: Y015
 
 @_typing.final
 class RuntimeStatus(_message.Message):
+    """RuntimeReady and NetworkReady."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONDITIONS_FIELD_NUMBER: _builtins.int
@@ -3986,6 +4124,8 @@ Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 
 @_typing.final
 class RuntimeHandlerFeatures(_message.Message):
+    """What a runtime class can do."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RECURSIVE_READ_ONLY_MOUNTS_FIELD_NUMBER: _builtins.int
@@ -4008,6 +4148,8 @@ Global___RuntimeHandlerFeatures: _TypeAlias = RuntimeHandlerFeatures  # noqa: Y0
 
 @_typing.final
 class RuntimeHandler(_message.Message):
+    """A runtime class of the configuration; the empty name is the default."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -4031,6 +4173,8 @@ Global___RuntimeHandler: _TypeAlias = RuntimeHandler  # noqa: Y015
 
 @_typing.final
 class RuntimeFeatures(_message.Message):
+    """What every class can do."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUPPLEMENTAL_GROUPS_POLICY_FIELD_NUMBER: _builtins.int
@@ -4123,6 +4267,8 @@ Global___ImageFsInfoRequest: _TypeAlias = ImageFsInfoRequest  # noqa: Y015
 
 @_typing.final
 class UInt64Value(_message.Message):
+    """A number that may be missing."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUE_FIELD_NUMBER: _builtins.int
@@ -4161,6 +4307,8 @@ Global___FilesystemIdentifier: _TypeAlias = FilesystemIdentifier  # noqa: Y015
 
 @_typing.final
 class FilesystemUsage(_message.Message):
+    """Of one file system, by accounting."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TIMESTAMP_FIELD_NUMBER: _builtins.int
@@ -4479,6 +4627,8 @@ Global___ContainerAttributes: _TypeAlias = ContainerAttributes  # noqa: Y015
 
 @_typing.final
 class ContainerStats(_message.Message):
+    """Use of resources at one moment."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
@@ -4575,6 +4725,8 @@ Global___PsiStats: _TypeAlias = PsiStats  # noqa: Y015
 
 @_typing.final
 class PsiData(_message.Message):
+    """Pressure stall information, as the kernel gives it: time lost waiting, in all and lately."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOTAL_FIELD_NUMBER: _builtins.int
@@ -4611,9 +4763,13 @@ class CpuUsage(_message.Message):
     PSI_FIELD_NUMBER: _builtins.int
     timestamp: _builtins.int
     @_builtins.property
-    def usage_core_nano_seconds(self) -> Global___UInt64Value: ...
+    def usage_core_nano_seconds(self) -> Global___UInt64Value:
+        """Since the start."""
+
     @_builtins.property
-    def usage_nano_cores(self) -> Global___UInt64Value: ...
+    def usage_nano_cores(self) -> Global___UInt64Value:
+        """Over the last moments."""
+
     @_builtins.property
     def psi(self) -> Global___PsiStats: ...
     def __init__(
@@ -4673,7 +4829,9 @@ class MemoryUsage(_message.Message):
     PSI_FIELD_NUMBER: _builtins.int
     timestamp: _builtins.int
     @_builtins.property
-    def working_set_bytes(self) -> Global___UInt64Value: ...
+    def working_set_bytes(self) -> Global___UInt64Value:
+        """In use and not to be had back easily."""
+
     @_builtins.property
     def available_bytes(self) -> Global___UInt64Value: ...
     @_builtins.property
@@ -4731,6 +4889,8 @@ Global___IoUsage: _TypeAlias = IoUsage  # noqa: Y015
 
 @_typing.final
 class SwapUsage(_message.Message):
+    """Of swap."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TIMESTAMP_FIELD_NUMBER: _builtins.int
@@ -4834,7 +4994,9 @@ class CheckpointContainerRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     location: _builtins.str
+    """Path of the archive to write."""
     timeout: _builtins.int
+    """Seconds; 0 means no limit."""
     def __init__(
         self,
         *,
@@ -5046,6 +5208,8 @@ Global___GetEventsRequest: _TypeAlias = GetEventsRequest  # noqa: Y015
 
 @_typing.final
 class ContainerEventResponse(_message.Message):
+    """One change, with what pod and containers are after it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -5114,6 +5278,8 @@ Global___ListMetricDescriptorsResponse: _TypeAlias = ListMetricDescriptorsRespon
 
 @_typing.final
 class MetricDescriptor(_message.Message):
+    """One metric's name, meaning and labels."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -5260,6 +5426,8 @@ Global___ContainerMetrics: _TypeAlias = ContainerMetrics  # noqa: Y015
 
 @_typing.final
 class Metric(_message.Message):
+    """One figure."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -5271,7 +5439,9 @@ class Metric(_message.Message):
     timestamp: _builtins.int
     metric_type: Global___MetricType.ValueType
     @_builtins.property
-    def label_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def label_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the order of the descriptor's labels."""
+
     @_builtins.property
     def value(self) -> Global___UInt64Value: ...
     def __init__(
@@ -5328,6 +5498,8 @@ Global___RuntimeConfigResponse: _TypeAlias = RuntimeConfigResponse  # noqa: Y015
 
 @_typing.final
 class LinuxRuntimeConfiguration(_message.Message):
+    """What only Linux has."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CGROUP_DRIVER_FIELD_NUMBER: _builtins.int

@@ -27,414 +27,555 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RuntimeServiceStub:
+    """Pods and containers, as a kubelet drives them. Every call that changes something may be repeated."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RuntimeServiceAsyncStub: ...
     Version: _grpc.UnaryUnaryMultiCallable[_cri_pb2.VersionRequest, _cri_pb2.VersionResponse]
+    """Who is there, and which version of this interface it speaks."""
     RunPodSandbox: _grpc.UnaryUnaryMultiCallable[_cri_pb2.RunPodSandboxRequest, _cri_pb2.RunPodSandboxResponse]
+    """Make a pod's environment and its network; ready when the call returns."""
     StopPodSandbox: _grpc.UnaryUnaryMultiCallable[_cri_pb2.StopPodSandboxRequest, _cri_pb2.StopPodSandboxResponse]
+    """End what runs in the pod and take its network down. No error when that is done already."""
     RemovePodSandbox: _grpc.UnaryUnaryMultiCallable[_cri_pb2.RemovePodSandboxRequest, _cri_pb2.RemovePodSandboxResponse]
+    """Remove the pod and every container in it, stopping first what still runs."""
     PodSandboxStatus: _grpc.UnaryUnaryMultiCallable[_cri_pb2.PodSandboxStatusRequest, _cri_pb2.PodSandboxStatusResponse]
+    """What one pod is."""
     ListPodSandbox: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListPodSandboxRequest, _cri_pb2.ListPodSandboxResponse]
+    """Pods that match the filter."""
     StreamPodSandboxes: _grpc.UnaryStreamMultiCallable[_cri_pb2.StreamPodSandboxesRequest, _cri_pb2.StreamPodSandboxesResponse]
+    """The same in pieces, for lists beyond a message's size."""
     CreateContainer: _grpc.UnaryUnaryMultiCallable[_cri_pb2.CreateContainerRequest, _cri_pb2.CreateContainerResponse]
+    """Make a container in a pod; nothing runs yet."""
     StartContainer: _grpc.UnaryUnaryMultiCallable[_cri_pb2.StartContainerRequest, _cri_pb2.StartContainerResponse]
+    """Run a created container."""
     StopContainer: _grpc.UnaryUnaryMultiCallable[_cri_pb2.StopContainerRequest, _cri_pb2.StopContainerResponse]
+    """Ask it to end, and kill it after the timeout. No error when it has ended already."""
     RemoveContainer: _grpc.UnaryUnaryMultiCallable[_cri_pb2.RemoveContainerRequest, _cri_pb2.RemoveContainerResponse]
+    """Remove a container, killing it first. Its log file stays."""
     ListContainers: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListContainersRequest, _cri_pb2.ListContainersResponse]
+    """Containers that match the filter."""
     StreamContainers: _grpc.UnaryStreamMultiCallable[_cri_pb2.StreamContainersRequest, _cri_pb2.StreamContainersResponse]
+    """The same in pieces."""
     ContainerStatus: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ContainerStatusRequest, _cri_pb2.ContainerStatusResponse]
+    """What one container is, and how it ended."""
     UpdateContainerResources: _grpc.UnaryUnaryMultiCallable[_cri_pb2.UpdateContainerResourcesRequest, _cri_pb2.UpdateContainerResourcesResponse]
+    """Change a container's limits while it runs."""
     ReopenContainerLog: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ReopenContainerLogRequest, _cri_pb2.ReopenContainerLogResponse]
+    """Go on logging into a new file at the same path: the kubelet has moved the old one away."""
     ExecSync: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ExecSyncRequest, _cri_pb2.ExecSyncResponse]
+    """Run a command in a container to its end and answer its output."""
     Exec: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ExecRequest, _cri_pb2.ExecResponse]
+    """Prepare to run a command in a container; its streams are behind the URL of the answer."""
     Attach: _grpc.UnaryUnaryMultiCallable[_cri_pb2.AttachRequest, _cri_pb2.AttachResponse]
+    """Prepare to join a container's streams; they are behind the URL of the answer."""
     PortForward: _grpc.UnaryUnaryMultiCallable[_cri_pb2.PortForwardRequest, _cri_pb2.PortForwardResponse]
+    """Prepare to reach ports of a pod; connections go through the URL of the answer."""
     ContainerStats: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ContainerStatsRequest, _cri_pb2.ContainerStatsResponse]
+    """Use of resources by one container."""
     ListContainerStats: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListContainerStatsRequest, _cri_pb2.ListContainerStatsResponse]
+    """Use of resources by the running containers that match the filter."""
     StreamContainerStats: _grpc.UnaryStreamMultiCallable[_cri_pb2.StreamContainerStatsRequest, _cri_pb2.StreamContainerStatsResponse]
+    """The same in pieces."""
     PodSandboxStats: _grpc.UnaryUnaryMultiCallable[_cri_pb2.PodSandboxStatsRequest, _cri_pb2.PodSandboxStatsResponse]
+    """Use of resources by one pod."""
     ListPodSandboxStats: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListPodSandboxStatsRequest, _cri_pb2.ListPodSandboxStatsResponse]
+    """Use of resources by the pods that match the filter."""
     StreamPodSandboxStats: _grpc.UnaryStreamMultiCallable[_cri_pb2.StreamPodSandboxStatsRequest, _cri_pb2.StreamPodSandboxStatsResponse]
+    """The same in pieces."""
     UpdateRuntimeConfig: _grpc.UnaryUnaryMultiCallable[_cri_pb2.UpdateRuntimeConfigRequest, _cri_pb2.UpdateRuntimeConfigResponse]
+    """News from the kubelet: the range of pod addresses."""
     Status: _grpc.UnaryUnaryMultiCallable[_cri_pb2.StatusRequest, _cri_pb2.StatusResponse]
+    """Whether runtime and network are ready, and why not."""
     CheckpointContainer: _grpc.UnaryUnaryMultiCallable[_cri_pb2.CheckpointContainerRequest, _cri_pb2.CheckpointContainerResponse]
+    """Write a running container into an archive; it runs on."""
     CheckpointPod: _grpc.UnaryUnaryMultiCallable[_cri_pb2.CheckpointPodRequest, _cri_pb2.CheckpointPodResponse]
+    """Write a whole pod into an archive."""
     RestorePod: _grpc.UnaryUnaryMultiCallable[_cri_pb2.RestorePodRequest, _cri_pb2.RestorePodResponse]
+    """Make a pod from such an archive."""
     GetContainerEvents: _grpc.UnaryStreamMultiCallable[_cri_pb2.GetEventsRequest, _cri_pb2.ContainerEventResponse]
+    """Every change of a container from now on, sent after status calls show it."""
     ListMetricDescriptors: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListMetricDescriptorsRequest, _cri_pb2.ListMetricDescriptorsResponse]
+    """Names and meanings of what ListPodSandboxMetrics gives."""
     ListPodSandboxMetrics: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListPodSandboxMetricsRequest, _cri_pb2.ListPodSandboxMetricsResponse]
+    """Figures under cAdvisor's names."""
     StreamPodSandboxMetrics: _grpc.UnaryStreamMultiCallable[_cri_pb2.StreamPodSandboxMetricsRequest, _cri_pb2.StreamPodSandboxMetricsResponse]
+    """The same in pieces."""
     RuntimeConfig: _grpc.UnaryUnaryMultiCallable[_cri_pb2.RuntimeConfigRequest, _cri_pb2.RuntimeConfigResponse]
+    """What the kubelet should follow: the cgroup driver."""
     UpdatePodSandboxResources: _grpc.UnaryUnaryMultiCallable[_cri_pb2.UpdatePodSandboxResourcesRequest, _cri_pb2.UpdatePodSandboxResourcesResponse]
+    """What the pod as a whole may use has changed."""
 
 @_typing.type_check_only
 class RuntimeServiceAsyncStub(RuntimeServiceStub):
+    """Pods and containers, as a kubelet drives them. Every call that changes something may be repeated."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Version: _aio.UnaryUnaryMultiCallable[_cri_pb2.VersionRequest, _cri_pb2.VersionResponse]  # type: ignore[assignment]
+    """Who is there, and which version of this interface it speaks."""
     RunPodSandbox: _aio.UnaryUnaryMultiCallable[_cri_pb2.RunPodSandboxRequest, _cri_pb2.RunPodSandboxResponse]  # type: ignore[assignment]
+    """Make a pod's environment and its network; ready when the call returns."""
     StopPodSandbox: _aio.UnaryUnaryMultiCallable[_cri_pb2.StopPodSandboxRequest, _cri_pb2.StopPodSandboxResponse]  # type: ignore[assignment]
+    """End what runs in the pod and take its network down. No error when that is done already."""
     RemovePodSandbox: _aio.UnaryUnaryMultiCallable[_cri_pb2.RemovePodSandboxRequest, _cri_pb2.RemovePodSandboxResponse]  # type: ignore[assignment]
+    """Remove the pod and every container in it, stopping first what still runs."""
     PodSandboxStatus: _aio.UnaryUnaryMultiCallable[_cri_pb2.PodSandboxStatusRequest, _cri_pb2.PodSandboxStatusResponse]  # type: ignore[assignment]
+    """What one pod is."""
     ListPodSandbox: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListPodSandboxRequest, _cri_pb2.ListPodSandboxResponse]  # type: ignore[assignment]
+    """Pods that match the filter."""
     StreamPodSandboxes: _aio.UnaryStreamMultiCallable[_cri_pb2.StreamPodSandboxesRequest, _cri_pb2.StreamPodSandboxesResponse]  # type: ignore[assignment]
+    """The same in pieces, for lists beyond a message's size."""
     CreateContainer: _aio.UnaryUnaryMultiCallable[_cri_pb2.CreateContainerRequest, _cri_pb2.CreateContainerResponse]  # type: ignore[assignment]
+    """Make a container in a pod; nothing runs yet."""
     StartContainer: _aio.UnaryUnaryMultiCallable[_cri_pb2.StartContainerRequest, _cri_pb2.StartContainerResponse]  # type: ignore[assignment]
+    """Run a created container."""
     StopContainer: _aio.UnaryUnaryMultiCallable[_cri_pb2.StopContainerRequest, _cri_pb2.StopContainerResponse]  # type: ignore[assignment]
+    """Ask it to end, and kill it after the timeout. No error when it has ended already."""
     RemoveContainer: _aio.UnaryUnaryMultiCallable[_cri_pb2.RemoveContainerRequest, _cri_pb2.RemoveContainerResponse]  # type: ignore[assignment]
+    """Remove a container, killing it first. Its log file stays."""
     ListContainers: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListContainersRequest, _cri_pb2.ListContainersResponse]  # type: ignore[assignment]
+    """Containers that match the filter."""
     StreamContainers: _aio.UnaryStreamMultiCallable[_cri_pb2.StreamContainersRequest, _cri_pb2.StreamContainersResponse]  # type: ignore[assignment]
+    """The same in pieces."""
     ContainerStatus: _aio.UnaryUnaryMultiCallable[_cri_pb2.ContainerStatusRequest, _cri_pb2.ContainerStatusResponse]  # type: ignore[assignment]
+    """What one container is, and how it ended."""
     UpdateContainerResources: _aio.UnaryUnaryMultiCallable[_cri_pb2.UpdateContainerResourcesRequest, _cri_pb2.UpdateContainerResourcesResponse]  # type: ignore[assignment]
+    """Change a container's limits while it runs."""
     ReopenContainerLog: _aio.UnaryUnaryMultiCallable[_cri_pb2.ReopenContainerLogRequest, _cri_pb2.ReopenContainerLogResponse]  # type: ignore[assignment]
+    """Go on logging into a new file at the same path: the kubelet has moved the old one away."""
     ExecSync: _aio.UnaryUnaryMultiCallable[_cri_pb2.ExecSyncRequest, _cri_pb2.ExecSyncResponse]  # type: ignore[assignment]
+    """Run a command in a container to its end and answer its output."""
     Exec: _aio.UnaryUnaryMultiCallable[_cri_pb2.ExecRequest, _cri_pb2.ExecResponse]  # type: ignore[assignment]
+    """Prepare to run a command in a container; its streams are behind the URL of the answer."""
     Attach: _aio.UnaryUnaryMultiCallable[_cri_pb2.AttachRequest, _cri_pb2.AttachResponse]  # type: ignore[assignment]
+    """Prepare to join a container's streams; they are behind the URL of the answer."""
     PortForward: _aio.UnaryUnaryMultiCallable[_cri_pb2.PortForwardRequest, _cri_pb2.PortForwardResponse]  # type: ignore[assignment]
+    """Prepare to reach ports of a pod; connections go through the URL of the answer."""
     ContainerStats: _aio.UnaryUnaryMultiCallable[_cri_pb2.ContainerStatsRequest, _cri_pb2.ContainerStatsResponse]  # type: ignore[assignment]
+    """Use of resources by one container."""
     ListContainerStats: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListContainerStatsRequest, _cri_pb2.ListContainerStatsResponse]  # type: ignore[assignment]
+    """Use of resources by the running containers that match the filter."""
     StreamContainerStats: _aio.UnaryStreamMultiCallable[_cri_pb2.StreamContainerStatsRequest, _cri_pb2.StreamContainerStatsResponse]  # type: ignore[assignment]
+    """The same in pieces."""
     PodSandboxStats: _aio.UnaryUnaryMultiCallable[_cri_pb2.PodSandboxStatsRequest, _cri_pb2.PodSandboxStatsResponse]  # type: ignore[assignment]
+    """Use of resources by one pod."""
     ListPodSandboxStats: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListPodSandboxStatsRequest, _cri_pb2.ListPodSandboxStatsResponse]  # type: ignore[assignment]
+    """Use of resources by the pods that match the filter."""
     StreamPodSandboxStats: _aio.UnaryStreamMultiCallable[_cri_pb2.StreamPodSandboxStatsRequest, _cri_pb2.StreamPodSandboxStatsResponse]  # type: ignore[assignment]
+    """The same in pieces."""
     UpdateRuntimeConfig: _aio.UnaryUnaryMultiCallable[_cri_pb2.UpdateRuntimeConfigRequest, _cri_pb2.UpdateRuntimeConfigResponse]  # type: ignore[assignment]
+    """News from the kubelet: the range of pod addresses."""
     Status: _aio.UnaryUnaryMultiCallable[_cri_pb2.StatusRequest, _cri_pb2.StatusResponse]  # type: ignore[assignment]
+    """Whether runtime and network are ready, and why not."""
     CheckpointContainer: _aio.UnaryUnaryMultiCallable[_cri_pb2.CheckpointContainerRequest, _cri_pb2.CheckpointContainerResponse]  # type: ignore[assignment]
+    """Write a running container into an archive; it runs on."""
     CheckpointPod: _aio.UnaryUnaryMultiCallable[_cri_pb2.CheckpointPodRequest, _cri_pb2.CheckpointPodResponse]  # type: ignore[assignment]
+    """Write a whole pod into an archive."""
     RestorePod: _aio.UnaryUnaryMultiCallable[_cri_pb2.RestorePodRequest, _cri_pb2.RestorePodResponse]  # type: ignore[assignment]
+    """Make a pod from such an archive."""
     GetContainerEvents: _aio.UnaryStreamMultiCallable[_cri_pb2.GetEventsRequest, _cri_pb2.ContainerEventResponse]  # type: ignore[assignment]
+    """Every change of a container from now on, sent after status calls show it."""
     ListMetricDescriptors: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListMetricDescriptorsRequest, _cri_pb2.ListMetricDescriptorsResponse]  # type: ignore[assignment]
+    """Names and meanings of what ListPodSandboxMetrics gives."""
     ListPodSandboxMetrics: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListPodSandboxMetricsRequest, _cri_pb2.ListPodSandboxMetricsResponse]  # type: ignore[assignment]
+    """Figures under cAdvisor's names."""
     StreamPodSandboxMetrics: _aio.UnaryStreamMultiCallable[_cri_pb2.StreamPodSandboxMetricsRequest, _cri_pb2.StreamPodSandboxMetricsResponse]  # type: ignore[assignment]
+    """The same in pieces."""
     RuntimeConfig: _aio.UnaryUnaryMultiCallable[_cri_pb2.RuntimeConfigRequest, _cri_pb2.RuntimeConfigResponse]  # type: ignore[assignment]
+    """What the kubelet should follow: the cgroup driver."""
     UpdatePodSandboxResources: _aio.UnaryUnaryMultiCallable[_cri_pb2.UpdatePodSandboxResourcesRequest, _cri_pb2.UpdatePodSandboxResourcesResponse]  # type: ignore[assignment]
+    """What the pod as a whole may use has changed."""
 
 class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Pods and containers, as a kubelet drives them. Every call that changes something may be repeated."""
+
     @_abc_1.abstractmethod
     def Version(
         self,
         request: _cri_pb2.VersionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.VersionResponse, _abc.Awaitable[_cri_pb2.VersionResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.VersionResponse, _abc.Awaitable[_cri_pb2.VersionResponse]]:
+        """Who is there, and which version of this interface it speaks."""
 
     @_abc_1.abstractmethod
     def RunPodSandbox(
         self,
         request: _cri_pb2.RunPodSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.RunPodSandboxResponse, _abc.Awaitable[_cri_pb2.RunPodSandboxResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.RunPodSandboxResponse, _abc.Awaitable[_cri_pb2.RunPodSandboxResponse]]:
+        """Make a pod's environment and its network; ready when the call returns."""
 
     @_abc_1.abstractmethod
     def StopPodSandbox(
         self,
         request: _cri_pb2.StopPodSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.StopPodSandboxResponse, _abc.Awaitable[_cri_pb2.StopPodSandboxResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.StopPodSandboxResponse, _abc.Awaitable[_cri_pb2.StopPodSandboxResponse]]:
+        """End what runs in the pod and take its network down. No error when that is done already."""
 
     @_abc_1.abstractmethod
     def RemovePodSandbox(
         self,
         request: _cri_pb2.RemovePodSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.RemovePodSandboxResponse, _abc.Awaitable[_cri_pb2.RemovePodSandboxResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.RemovePodSandboxResponse, _abc.Awaitable[_cri_pb2.RemovePodSandboxResponse]]:
+        """Remove the pod and every container in it, stopping first what still runs."""
 
     @_abc_1.abstractmethod
     def PodSandboxStatus(
         self,
         request: _cri_pb2.PodSandboxStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.PodSandboxStatusResponse, _abc.Awaitable[_cri_pb2.PodSandboxStatusResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.PodSandboxStatusResponse, _abc.Awaitable[_cri_pb2.PodSandboxStatusResponse]]:
+        """What one pod is."""
 
     @_abc_1.abstractmethod
     def ListPodSandbox(
         self,
         request: _cri_pb2.ListPodSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListPodSandboxResponse, _abc.Awaitable[_cri_pb2.ListPodSandboxResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListPodSandboxResponse, _abc.Awaitable[_cri_pb2.ListPodSandboxResponse]]:
+        """Pods that match the filter."""
 
     @_abc_1.abstractmethod
     def StreamPodSandboxes(
         self,
         request: _cri_pb2.StreamPodSandboxesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamPodSandboxesResponse], _abc.AsyncIterator[_cri_pb2.StreamPodSandboxesResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamPodSandboxesResponse], _abc.AsyncIterator[_cri_pb2.StreamPodSandboxesResponse]]:
+        """The same in pieces, for lists beyond a message's size."""
 
     @_abc_1.abstractmethod
     def CreateContainer(
         self,
         request: _cri_pb2.CreateContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.CreateContainerResponse, _abc.Awaitable[_cri_pb2.CreateContainerResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.CreateContainerResponse, _abc.Awaitable[_cri_pb2.CreateContainerResponse]]:
+        """Make a container in a pod; nothing runs yet."""
 
     @_abc_1.abstractmethod
     def StartContainer(
         self,
         request: _cri_pb2.StartContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.StartContainerResponse, _abc.Awaitable[_cri_pb2.StartContainerResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.StartContainerResponse, _abc.Awaitable[_cri_pb2.StartContainerResponse]]:
+        """Run a created container."""
 
     @_abc_1.abstractmethod
     def StopContainer(
         self,
         request: _cri_pb2.StopContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.StopContainerResponse, _abc.Awaitable[_cri_pb2.StopContainerResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.StopContainerResponse, _abc.Awaitable[_cri_pb2.StopContainerResponse]]:
+        """Ask it to end, and kill it after the timeout. No error when it has ended already."""
 
     @_abc_1.abstractmethod
     def RemoveContainer(
         self,
         request: _cri_pb2.RemoveContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.RemoveContainerResponse, _abc.Awaitable[_cri_pb2.RemoveContainerResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.RemoveContainerResponse, _abc.Awaitable[_cri_pb2.RemoveContainerResponse]]:
+        """Remove a container, killing it first. Its log file stays."""
 
     @_abc_1.abstractmethod
     def ListContainers(
         self,
         request: _cri_pb2.ListContainersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListContainersResponse, _abc.Awaitable[_cri_pb2.ListContainersResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListContainersResponse, _abc.Awaitable[_cri_pb2.ListContainersResponse]]:
+        """Containers that match the filter."""
 
     @_abc_1.abstractmethod
     def StreamContainers(
         self,
         request: _cri_pb2.StreamContainersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamContainersResponse], _abc.AsyncIterator[_cri_pb2.StreamContainersResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamContainersResponse], _abc.AsyncIterator[_cri_pb2.StreamContainersResponse]]:
+        """The same in pieces."""
 
     @_abc_1.abstractmethod
     def ContainerStatus(
         self,
         request: _cri_pb2.ContainerStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ContainerStatusResponse, _abc.Awaitable[_cri_pb2.ContainerStatusResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ContainerStatusResponse, _abc.Awaitable[_cri_pb2.ContainerStatusResponse]]:
+        """What one container is, and how it ended."""
 
     @_abc_1.abstractmethod
     def UpdateContainerResources(
         self,
         request: _cri_pb2.UpdateContainerResourcesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.UpdateContainerResourcesResponse, _abc.Awaitable[_cri_pb2.UpdateContainerResourcesResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.UpdateContainerResourcesResponse, _abc.Awaitable[_cri_pb2.UpdateContainerResourcesResponse]]:
+        """Change a container's limits while it runs."""
 
     @_abc_1.abstractmethod
     def ReopenContainerLog(
         self,
         request: _cri_pb2.ReopenContainerLogRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ReopenContainerLogResponse, _abc.Awaitable[_cri_pb2.ReopenContainerLogResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ReopenContainerLogResponse, _abc.Awaitable[_cri_pb2.ReopenContainerLogResponse]]:
+        """Go on logging into a new file at the same path: the kubelet has moved the old one away."""
 
     @_abc_1.abstractmethod
     def ExecSync(
         self,
         request: _cri_pb2.ExecSyncRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ExecSyncResponse, _abc.Awaitable[_cri_pb2.ExecSyncResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ExecSyncResponse, _abc.Awaitable[_cri_pb2.ExecSyncResponse]]:
+        """Run a command in a container to its end and answer its output."""
 
     @_abc_1.abstractmethod
     def Exec(
         self,
         request: _cri_pb2.ExecRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ExecResponse, _abc.Awaitable[_cri_pb2.ExecResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ExecResponse, _abc.Awaitable[_cri_pb2.ExecResponse]]:
+        """Prepare to run a command in a container; its streams are behind the URL of the answer."""
 
     @_abc_1.abstractmethod
     def Attach(
         self,
         request: _cri_pb2.AttachRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.AttachResponse, _abc.Awaitable[_cri_pb2.AttachResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.AttachResponse, _abc.Awaitable[_cri_pb2.AttachResponse]]:
+        """Prepare to join a container's streams; they are behind the URL of the answer."""
 
     @_abc_1.abstractmethod
     def PortForward(
         self,
         request: _cri_pb2.PortForwardRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.PortForwardResponse, _abc.Awaitable[_cri_pb2.PortForwardResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.PortForwardResponse, _abc.Awaitable[_cri_pb2.PortForwardResponse]]:
+        """Prepare to reach ports of a pod; connections go through the URL of the answer."""
 
     @_abc_1.abstractmethod
     def ContainerStats(
         self,
         request: _cri_pb2.ContainerStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ContainerStatsResponse, _abc.Awaitable[_cri_pb2.ContainerStatsResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ContainerStatsResponse, _abc.Awaitable[_cri_pb2.ContainerStatsResponse]]:
+        """Use of resources by one container."""
 
     @_abc_1.abstractmethod
     def ListContainerStats(
         self,
         request: _cri_pb2.ListContainerStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListContainerStatsResponse, _abc.Awaitable[_cri_pb2.ListContainerStatsResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListContainerStatsResponse, _abc.Awaitable[_cri_pb2.ListContainerStatsResponse]]:
+        """Use of resources by the running containers that match the filter."""
 
     @_abc_1.abstractmethod
     def StreamContainerStats(
         self,
         request: _cri_pb2.StreamContainerStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamContainerStatsResponse], _abc.AsyncIterator[_cri_pb2.StreamContainerStatsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamContainerStatsResponse], _abc.AsyncIterator[_cri_pb2.StreamContainerStatsResponse]]:
+        """The same in pieces."""
 
     @_abc_1.abstractmethod
     def PodSandboxStats(
         self,
         request: _cri_pb2.PodSandboxStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.PodSandboxStatsResponse, _abc.Awaitable[_cri_pb2.PodSandboxStatsResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.PodSandboxStatsResponse, _abc.Awaitable[_cri_pb2.PodSandboxStatsResponse]]:
+        """Use of resources by one pod."""
 
     @_abc_1.abstractmethod
     def ListPodSandboxStats(
         self,
         request: _cri_pb2.ListPodSandboxStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListPodSandboxStatsResponse, _abc.Awaitable[_cri_pb2.ListPodSandboxStatsResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListPodSandboxStatsResponse, _abc.Awaitable[_cri_pb2.ListPodSandboxStatsResponse]]:
+        """Use of resources by the pods that match the filter."""
 
     @_abc_1.abstractmethod
     def StreamPodSandboxStats(
         self,
         request: _cri_pb2.StreamPodSandboxStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamPodSandboxStatsResponse], _abc.AsyncIterator[_cri_pb2.StreamPodSandboxStatsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamPodSandboxStatsResponse], _abc.AsyncIterator[_cri_pb2.StreamPodSandboxStatsResponse]]:
+        """The same in pieces."""
 
     @_abc_1.abstractmethod
     def UpdateRuntimeConfig(
         self,
         request: _cri_pb2.UpdateRuntimeConfigRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.UpdateRuntimeConfigResponse, _abc.Awaitable[_cri_pb2.UpdateRuntimeConfigResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.UpdateRuntimeConfigResponse, _abc.Awaitable[_cri_pb2.UpdateRuntimeConfigResponse]]:
+        """News from the kubelet: the range of pod addresses."""
 
     @_abc_1.abstractmethod
     def Status(
         self,
         request: _cri_pb2.StatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.StatusResponse, _abc.Awaitable[_cri_pb2.StatusResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.StatusResponse, _abc.Awaitable[_cri_pb2.StatusResponse]]:
+        """Whether runtime and network are ready, and why not."""
 
     @_abc_1.abstractmethod
     def CheckpointContainer(
         self,
         request: _cri_pb2.CheckpointContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.CheckpointContainerResponse, _abc.Awaitable[_cri_pb2.CheckpointContainerResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.CheckpointContainerResponse, _abc.Awaitable[_cri_pb2.CheckpointContainerResponse]]:
+        """Write a running container into an archive; it runs on."""
 
     @_abc_1.abstractmethod
     def CheckpointPod(
         self,
         request: _cri_pb2.CheckpointPodRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.CheckpointPodResponse, _abc.Awaitable[_cri_pb2.CheckpointPodResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.CheckpointPodResponse, _abc.Awaitable[_cri_pb2.CheckpointPodResponse]]:
+        """Write a whole pod into an archive."""
 
     @_abc_1.abstractmethod
     def RestorePod(
         self,
         request: _cri_pb2.RestorePodRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.RestorePodResponse, _abc.Awaitable[_cri_pb2.RestorePodResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.RestorePodResponse, _abc.Awaitable[_cri_pb2.RestorePodResponse]]:
+        """Make a pod from such an archive."""
 
     @_abc_1.abstractmethod
     def GetContainerEvents(
         self,
         request: _cri_pb2.GetEventsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.ContainerEventResponse], _abc.AsyncIterator[_cri_pb2.ContainerEventResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.ContainerEventResponse], _abc.AsyncIterator[_cri_pb2.ContainerEventResponse]]:
+        """Every change of a container from now on, sent after status calls show it."""
 
     @_abc_1.abstractmethod
     def ListMetricDescriptors(
         self,
         request: _cri_pb2.ListMetricDescriptorsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListMetricDescriptorsResponse, _abc.Awaitable[_cri_pb2.ListMetricDescriptorsResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListMetricDescriptorsResponse, _abc.Awaitable[_cri_pb2.ListMetricDescriptorsResponse]]:
+        """Names and meanings of what ListPodSandboxMetrics gives."""
 
     @_abc_1.abstractmethod
     def ListPodSandboxMetrics(
         self,
         request: _cri_pb2.ListPodSandboxMetricsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListPodSandboxMetricsResponse, _abc.Awaitable[_cri_pb2.ListPodSandboxMetricsResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListPodSandboxMetricsResponse, _abc.Awaitable[_cri_pb2.ListPodSandboxMetricsResponse]]:
+        """Figures under cAdvisor's names."""
 
     @_abc_1.abstractmethod
     def StreamPodSandboxMetrics(
         self,
         request: _cri_pb2.StreamPodSandboxMetricsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamPodSandboxMetricsResponse], _abc.AsyncIterator[_cri_pb2.StreamPodSandboxMetricsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamPodSandboxMetricsResponse], _abc.AsyncIterator[_cri_pb2.StreamPodSandboxMetricsResponse]]:
+        """The same in pieces."""
 
     @_abc_1.abstractmethod
     def RuntimeConfig(
         self,
         request: _cri_pb2.RuntimeConfigRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.RuntimeConfigResponse, _abc.Awaitable[_cri_pb2.RuntimeConfigResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.RuntimeConfigResponse, _abc.Awaitable[_cri_pb2.RuntimeConfigResponse]]:
+        """What the kubelet should follow: the cgroup driver."""
 
     @_abc_1.abstractmethod
     def UpdatePodSandboxResources(
         self,
         request: _cri_pb2.UpdatePodSandboxResourcesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.UpdatePodSandboxResourcesResponse, _abc.Awaitable[_cri_pb2.UpdatePodSandboxResourcesResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.UpdatePodSandboxResourcesResponse, _abc.Awaitable[_cri_pb2.UpdatePodSandboxResourcesResponse]]:
+        """What the pod as a whole may use has changed."""
 
 def add_RuntimeServiceServicer_to_server(servicer: RuntimeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ImageServiceStub:
+    """Images, as a kubelet drives them."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImageServiceAsyncStub: ...
     ListImages: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ListImagesRequest, _cri_pb2.ListImagesResponse]
+    """Images that match the filter."""
     StreamImages: _grpc.UnaryStreamMultiCallable[_cri_pb2.StreamImagesRequest, _cri_pb2.StreamImagesResponse]
+    """The same in pieces."""
     ImageStatus: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ImageStatusRequest, _cri_pb2.ImageStatusResponse]
+    """One image; an answer without one when it is not there."""
     PullImage: _grpc.UnaryUnaryMultiCallable[_cri_pb2.PullImageRequest, _cri_pb2.PullImageResponse]
+    """Pull and unpack."""
     RemoveImage: _grpc.UnaryUnaryMultiCallable[_cri_pb2.RemoveImageRequest, _cri_pb2.RemoveImageResponse]
+    """Remove an image with all its names. No error when it is not there."""
     ImageFsInfo: _grpc.UnaryUnaryMultiCallable[_cri_pb2.ImageFsInfoRequest, _cri_pb2.ImageFsInfoResponse]
+    """Use of the file systems that hold images and containers."""
 
 @_typing.type_check_only
 class ImageServiceAsyncStub(ImageServiceStub):
+    """Images, as a kubelet drives them."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListImages: _aio.UnaryUnaryMultiCallable[_cri_pb2.ListImagesRequest, _cri_pb2.ListImagesResponse]  # type: ignore[assignment]
+    """Images that match the filter."""
     StreamImages: _aio.UnaryStreamMultiCallable[_cri_pb2.StreamImagesRequest, _cri_pb2.StreamImagesResponse]  # type: ignore[assignment]
+    """The same in pieces."""
     ImageStatus: _aio.UnaryUnaryMultiCallable[_cri_pb2.ImageStatusRequest, _cri_pb2.ImageStatusResponse]  # type: ignore[assignment]
+    """One image; an answer without one when it is not there."""
     PullImage: _aio.UnaryUnaryMultiCallable[_cri_pb2.PullImageRequest, _cri_pb2.PullImageResponse]  # type: ignore[assignment]
+    """Pull and unpack."""
     RemoveImage: _aio.UnaryUnaryMultiCallable[_cri_pb2.RemoveImageRequest, _cri_pb2.RemoveImageResponse]  # type: ignore[assignment]
+    """Remove an image with all its names. No error when it is not there."""
     ImageFsInfo: _aio.UnaryUnaryMultiCallable[_cri_pb2.ImageFsInfoRequest, _cri_pb2.ImageFsInfoResponse]  # type: ignore[assignment]
+    """Use of the file systems that hold images and containers."""
 
 class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Images, as a kubelet drives them."""
+
     @_abc_1.abstractmethod
     def ListImages(
         self,
         request: _cri_pb2.ListImagesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ListImagesResponse, _abc.Awaitable[_cri_pb2.ListImagesResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ListImagesResponse, _abc.Awaitable[_cri_pb2.ListImagesResponse]]:
+        """Images that match the filter."""
 
     @_abc_1.abstractmethod
     def StreamImages(
         self,
         request: _cri_pb2.StreamImagesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamImagesResponse], _abc.AsyncIterator[_cri_pb2.StreamImagesResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_cri_pb2.StreamImagesResponse], _abc.AsyncIterator[_cri_pb2.StreamImagesResponse]]:
+        """The same in pieces."""
 
     @_abc_1.abstractmethod
     def ImageStatus(
         self,
         request: _cri_pb2.ImageStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ImageStatusResponse, _abc.Awaitable[_cri_pb2.ImageStatusResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ImageStatusResponse, _abc.Awaitable[_cri_pb2.ImageStatusResponse]]:
+        """One image; an answer without one when it is not there."""
 
     @_abc_1.abstractmethod
     def PullImage(
         self,
         request: _cri_pb2.PullImageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.PullImageResponse, _abc.Awaitable[_cri_pb2.PullImageResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.PullImageResponse, _abc.Awaitable[_cri_pb2.PullImageResponse]]:
+        """Pull and unpack."""
 
     @_abc_1.abstractmethod
     def RemoveImage(
         self,
         request: _cri_pb2.RemoveImageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.RemoveImageResponse, _abc.Awaitable[_cri_pb2.RemoveImageResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.RemoveImageResponse, _abc.Awaitable[_cri_pb2.RemoveImageResponse]]:
+        """Remove an image with all its names. No error when it is not there."""
 
     @_abc_1.abstractmethod
     def ImageFsInfo(
         self,
         request: _cri_pb2.ImageFsInfoRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cri_pb2.ImageFsInfoResponse, _abc.Awaitable[_cri_pb2.ImageFsInfoResponse]]: ...
+    ) -> _typing.Union[_cri_pb2.ImageFsInfoResponse, _abc.Awaitable[_cri_pb2.ImageFsInfoResponse]]:
+        """Use of the file systems that hold images and containers."""
 
 def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -20,6 +20,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Options(_message.Message):
+    """What a client may say about how runc is run: the options of runtime `io.containerd.runc.v2`."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NO_PIVOT_ROOT_FIELD_NUMBER: _builtins.int
@@ -35,17 +37,29 @@ class Options(_message.Message):
     TASK_API_ADDRESS_FIELD_NUMBER: _builtins.int
     TASK_API_VERSION_FIELD_NUMBER: _builtins.int
     no_pivot_root: _builtins.bool
+    """Use chroot where pivot_root cannot work (a root file system on a ramdisk)."""
     no_new_keyring: _builtins.bool
+    """Leave the container in the keyring of who starts it."""
     shim_cgroup: _builtins.str
+    """Path of the cgroup that the shim is put into."""
     io_uid: _builtins.int
+    """Owner of the container's pipes, for user namespaces."""
     io_gid: _builtins.int
+    """Group of the container's pipes."""
     binary_name: _builtins.str
+    """The OCI runtime program; empty means runc."""
     root: _builtins.str
+    """Folder of the runtime's own state; a folder for each namespace is made below."""
     systemd_cgroup: _builtins.bool
+    """Let systemd make the cgroup; the path in the spec is then a slice name."""
     criu_image_path: _builtins.str
+    """Folder of a checkpoint's images, to restore from."""
     criu_work_path: _builtins.str
+    """Folder where criu logs."""
     task_api_address: _builtins.str
+    """Where a task service listens that exists already; no shim is started then."""
     task_api_version: _builtins.int
+    """Version of the task API behind `task_api_address`."""
     def __init__(
         self,
         *,
@@ -72,6 +86,8 @@ Global___Options: _TypeAlias = Options  # noqa: Y015
 
 @_typing.final
 class CheckpointOptions(_message.Message):
+    """How a container is checkpointed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EXIT_FIELD_NUMBER: _builtins.int
@@ -84,15 +100,24 @@ class CheckpointOptions(_message.Message):
     IMAGE_PATH_FIELD_NUMBER: _builtins.int
     WORK_PATH_FIELD_NUMBER: _builtins.int
     exit: _builtins.bool
+    """Stop the container afterwards instead of letting it run on."""
     open_tcp: _builtins.bool
+    """Checkpoint established TCP connections as well."""
     external_unix_sockets: _builtins.bool
+    """Allow unix sockets whose other end is outside."""
     terminal: _builtins.bool
+    """Allow a controlling terminal."""
     file_locks: _builtins.bool
+    """Checkpoint file locks as well."""
     cgroups_mode: _builtins.str
+    """How criu treats cgroups: soft, full or strict."""
     image_path: _builtins.str
+    """Where the images go; without it the client gets them as content."""
     work_path: _builtins.str
     @_builtins.property
-    def empty_namespaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def empty_namespaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Namespaces that are made empty on restoring (network, for one)."""
+
     def __init__(
         self,
         *,
@@ -116,6 +141,8 @@ Global___CheckpointOptions: _TypeAlias = CheckpointOptions  # noqa: Y015
 
 @_typing.final
 class ProcessDetails(_message.Message):
+    """What a shim adds to a process in a list of pids."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EXEC_ID_FIELD_NUMBER: _builtins.int

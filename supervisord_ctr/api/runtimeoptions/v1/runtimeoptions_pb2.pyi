@@ -18,14 +18,19 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Options(_message.Message):
+    """Options of a runtime that we have no type for: a file, or its text."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TYPE_URL_FIELD_NUMBER: _builtins.int
     CONFIG_PATH_FIELD_NUMBER: _builtins.int
     CONFIG_BODY_FIELD_NUMBER: _builtins.int
     type_url: _builtins.str
+    """Names the type that `config_body` holds."""
     config_path: _builtins.str
+    """Path of a configuration file that the runtime reads."""
     config_body: _builtins.bytes
+    """The configuration itself."""
     def __init__(
         self,
         *,

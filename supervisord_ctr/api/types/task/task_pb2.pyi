@@ -32,7 +32,8 @@ class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Status.ValueTy
     PAUSED: _Status.ValueType  # 4
     PAUSING: _Status.ValueType  # 5
 
-class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
+class Status(_Status, metaclass=_StatusEnumTypeWrapper):
+    """What a process does."""
 
 UNKNOWN: Status.ValueType  # 0
 CREATED: Status.ValueType  # 1
@@ -44,6 +45,8 @@ Global___Status: _TypeAlias = Status  # noqa: Y015
 
 @_typing.final
 class Process(_message.Message):
+    """One process as the daemon knows it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
@@ -58,6 +61,7 @@ class Process(_message.Message):
     EXITED_AT_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     id: _builtins.str
+    """The container's id, or the exec's."""
     pid: _builtins.int
     status: Global___Status.ValueType
     stdin: _builtins.str
@@ -91,13 +95,17 @@ Global___Process: _TypeAlias = Process  # noqa: Y015
 
 @_typing.final
 class ProcessInfo(_message.Message):
+    """A process in a list of pids."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PID_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     @_builtins.property
-    def info(self) -> _any_pb2.Any: ...
+    def info(self) -> _any_pb2.Any:
+        """What the shim adds, by its type."""
+
     def __init__(
         self,
         *,

@@ -32,7 +32,8 @@ class _HTTPDebugEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HTTPDebug.V
     TRACE: _HTTPDebug.ValueType  # 2
     BOTH: _HTTPDebug.ValueType  # 3
 
-class HTTPDebug(_HTTPDebug, metaclass=_HTTPDebugEnumTypeWrapper): ...
+class HTTPDebug(_HTTPDebug, metaclass=_HTTPDebugEnumTypeWrapper):
+    """How much of the talk with a registry is logged."""
 
 DISABLED: HTTPDebug.ValueType  # 0
 DEBUG: HTTPDebug.ValueType  # 1
@@ -48,19 +49,28 @@ class _AuthTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuthType.Val
     DESCRIPTOR: _descriptor.EnumDescriptor
     NONE: _AuthType.ValueType  # 0
     CREDENTIALS: _AuthType.ValueType  # 1
+    """User name and password."""
     REFRESH: _AuthType.ValueType  # 2
+    """A refresh token."""
     HEADER: _AuthType.ValueType  # 3
+    """The Authorization header itself."""
 
-class AuthType(_AuthType, metaclass=_AuthTypeEnumTypeWrapper): ...
+class AuthType(_AuthType, metaclass=_AuthTypeEnumTypeWrapper):
+    """What an AuthResponse holds."""
 
 NONE: AuthType.ValueType  # 0
 CREDENTIALS: AuthType.ValueType  # 1
+"""User name and password."""
 REFRESH: AuthType.ValueType  # 2
+"""A refresh token."""
 HEADER: AuthType.ValueType  # 3
+"""The Authorization header itself."""
 Global___AuthType: _TypeAlias = AuthType  # noqa: Y015
 
 @_typing.final
 class OCIRegistry(_message.Message):
+    """An image in a registry: source of a pull, destination of a push."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REFERENCE_FIELD_NUMBER: _builtins.int
@@ -84,6 +94,8 @@ Global___OCIRegistry: _TypeAlias = OCIRegistry  # noqa: Y015
 
 @_typing.final
 class RegistryResolver(_message.Message):
+    """How the registry is reached."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -113,12 +125,17 @@ class RegistryResolver(_message.Message):
     HTTP_DEBUG_FIELD_NUMBER: _builtins.int
     LOGS_STREAM_FIELD_NUMBER: _builtins.int
     auth_stream: _builtins.str
+    """Id of a stream on which the daemon asks for credentials (AuthRequest, AuthResponse)."""
     host_dir: _builtins.str
+    """Folder of HOST/hosts.toml files, instead of the daemon's own."""
     default_scheme: _builtins.str
+    """http or https, for hosts that no file describes."""
     http_debug: Global___HTTPDebug.ValueType
     logs_stream: _builtins.str
     @_builtins.property
-    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Sent with every request."""
+
     def __init__(
         self,
         *,
@@ -139,6 +156,8 @@ Global___RegistryResolver: _TypeAlias = RegistryResolver  # noqa: Y015
 
 @_typing.final
 class AuthRequest(_message.Message):
+    """The daemon needs credentials."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HOST_FIELD_NUMBER: _builtins.int
@@ -165,6 +184,8 @@ Global___AuthRequest: _TypeAlias = AuthRequest  # noqa: Y015
 
 @_typing.final
 class AuthResponse(_message.Message):
+    """The client's answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     AUTHTYPE_FIELD_NUMBER: _builtins.int
@@ -194,6 +215,8 @@ Global___AuthResponse: _TypeAlias = AuthResponse  # noqa: Y015
 
 @_typing.final
 class Data(_message.Message):
+    """A piece of a byte stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
@@ -213,6 +236,8 @@ Global___Data: _TypeAlias = Data  # noqa: Y015
 
 @_typing.final
 class WindowUpdate(_message.Message):
+    """The reader takes so many more bytes; the writer waits without them."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     UPDATE_FIELD_NUMBER: _builtins.int
@@ -276,6 +301,8 @@ Global___WriteStream: _TypeAlias = WriteStream  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
+    """What a transfer does."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_FIELD_NUMBER: _builtins.int
@@ -285,11 +312,14 @@ class Progress(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     DESC_FIELD_NUMBER: _builtins.int
     event: _builtins.str
+    """A word: resolving, downloading, extracting, done …"""
     name: _builtins.str
     progress: _builtins.int
     total: _builtins.int
     @_builtins.property
-    def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the steps that this one is part of."""
+
     @_builtins.property
     def desc(self) -> _types_pb2.Descriptor: ...
     def __init__(
@@ -340,6 +370,8 @@ Global___ContainerPath: _TypeAlias = ContainerPath  # noqa: Y015
 
 @_typing.final
 class ImageStore(_message.Message):
+    """Images of this namespace: destination of a pull, source of a push."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -371,15 +403,21 @@ class ImageStore(_message.Message):
     UNPACKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     all_metadata: _builtins.bool
+    """Fetch manifests and configs of every platform, layers only of those asked for."""
     manifest_limit: _builtins.int
+    """Of an index with many platforms, take so many."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def platforms(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Platform]: ...
     @_builtins.property
-    def extra_references(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageReference]: ...
+    def extra_references(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageReference]:
+        """Further names for what arrives."""
+
     @_builtins.property
-    def unpacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnpackConfiguration]: ...
+    def unpacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnpackConfiguration]:
+        """Platforms to unpack, and where."""
+
     def __init__(
         self,
         *,
@@ -401,6 +439,8 @@ Global___ImageStore: _TypeAlias = ImageStore  # noqa: Y015
 
 @_typing.final
 class UnpackConfiguration(_message.Message):
+    """Unpack this platform into this snapshotter; empty means the default."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PLATFORM_FIELD_NUMBER: _builtins.int
@@ -424,6 +464,8 @@ Global___UnpackConfiguration: _TypeAlias = UnpackConfiguration  # noqa: Y015
 
 @_typing.final
 class ImageReference(_message.Message):
+    """How images of an archive are named."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -433,9 +475,13 @@ class ImageReference(_message.Message):
     SKIP_NAMED_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     is_prefix: _builtins.bool
+    """`name` is put before what the archive says."""
     allow_overwrite: _builtins.bool
+    """An existing name may be moved."""
     add_digest: _builtins.bool
+    """Name by digest, too."""
     skip_named_digest: _builtins.bool
+    """No name by digest for what has a name."""
     def __init__(
         self,
         *,
@@ -455,6 +501,8 @@ Global___ImageReference: _TypeAlias = ImageReference  # noqa: Y015
 
 @_typing.final
 class ImageImportStream(_message.Message):
+    """An archive to import, read from a stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STREAM_FIELD_NUMBER: _builtins.int
@@ -463,6 +511,7 @@ class ImageImportStream(_message.Message):
     stream: _builtins.str
     media_type: _builtins.str
     force_compress: _builtins.bool
+    """Compress layers that come plain."""
     def __init__(
         self,
         *,
@@ -480,6 +529,8 @@ Global___ImageImportStream: _TypeAlias = ImageImportStream  # noqa: Y015
 
 @_typing.final
 class ImageExportStream(_message.Message):
+    """An archive to export, written to a stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STREAM_FIELD_NUMBER: _builtins.int
@@ -492,7 +543,9 @@ class ImageExportStream(_message.Message):
     media_type: _builtins.str
     all_platforms: _builtins.bool
     skip_compatibility_manifest: _builtins.bool
+    """Leave out the manifest.json that older tools read."""
     skip_non_distributable: _builtins.bool
+    """Leave out layers that may not be passed on."""
     @_builtins.property
     def platforms(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Platform]: ...
     def __init__(

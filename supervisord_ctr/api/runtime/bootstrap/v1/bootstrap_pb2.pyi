@@ -34,7 +34,8 @@ class _LogLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LogLevel.Val
     LOG_LEVEL_FATAL: _LogLevel.ValueType  # 10
     LOG_LEVEL_PANIC: _LogLevel.ValueType  # 12
 
-class LogLevel(_LogLevel, metaclass=_LogLevelEnumTypeWrapper): ...
+class LogLevel(_LogLevel, metaclass=_LogLevelEnumTypeWrapper):
+    """How much a shim logs. Numbers follow the interface, not severity."""
 
 LOG_LEVEL_INFO: LogLevel.ValueType  # 0
 LOG_LEVEL_TRACE: LogLevel.ValueType  # -8
@@ -53,13 +54,16 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     DESCRIPTOR: _descriptor.EnumDescriptor
     CAPABILITY_UNSPECIFIED: _Capability.ValueType  # 0
 
-class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper): ...
+class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
+    """What a daemon understands of a shim's answers."""
 
 CAPABILITY_UNSPECIFIED: Capability.ValueType  # 0
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
 class BootstrapParams(_message.Message):
+    """What a daemon says to a shim program on its standard input when it starts one."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
@@ -72,12 +76,14 @@ class BootstrapParams(_message.Message):
     EXTENSIONS_FIELD_NUMBER: _builtins.int
     SOCKET_DIR_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
+    """Id of the task or sandbox that the shim is for."""
     namespace: _builtins.str
     log_level: Global___LogLevel.ValueType
     containerd_version: _builtins.str
     containerd_ttrpc_address: _builtins.str
     containerd_grpc_address: _builtins.str
     containerd_binary: _builtins.str
+    """Program that publishes events where no ttrpc address is known."""
     socket_dir: _builtins.str
     @_builtins.property
     def extensions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Extension]: ...
@@ -106,6 +112,8 @@ Global___BootstrapParams: _TypeAlias = BootstrapParams  # noqa: Y015
 
 @_typing.final
 class Extension(_message.Message):
+    """A parameter of somebody's own, by its type."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUE_FIELD_NUMBER: _builtins.int
@@ -126,6 +134,8 @@ Global___Extension: _TypeAlias = Extension  # noqa: Y015
 
 @_typing.final
 class BootstrapResult(_message.Message):
+    """What a shim program answers on its standard output."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -154,8 +164,10 @@ class BootstrapResult(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """Version of the task API that the shim speaks."""
     address: _builtins.str
     protocol: _builtins.str
+    """ttrpc or grpc."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___Capability.ValueType]: ...
     @_builtins.property

@@ -54,6 +54,7 @@ class CreateSandboxRequest(_message.Message):
     sandbox_id: _builtins.str
     bundle_path: _builtins.str
     netns_path: _builtins.str
+    """A network namespace that exists already; empty lets the sandbox make its own."""
     @_builtins.property
     def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
     @_builtins.property
@@ -120,6 +121,7 @@ class StartSandboxResponse(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
+    """Process that stands for the sandbox; 0 where there is none."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -186,6 +188,7 @@ class StopSandboxRequest(_message.Message):
     TIMEOUT_SECS_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     timeout_secs: _builtins.int
+    """Grace before SIGKILL."""
     def __init__(
         self,
         *,
@@ -327,6 +330,7 @@ class SandboxStatusRequest(_message.Message):
     VERBOSE_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     verbose: _builtins.bool
+    """Fill `info` with what only people read."""
     def __init__(
         self,
         *,

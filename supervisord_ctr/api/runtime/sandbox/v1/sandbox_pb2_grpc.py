@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class SandboxStub:
-    """Missing associated documentation comment in .proto file."""
+    """A sandbox kept by a shim: the environment that a pod's containers share. Spoken over ttrpc.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -82,58 +83,68 @@ class SandboxStub:
 
 
 class SandboxServicer:
-    """Missing associated documentation comment in .proto file."""
+    """A sandbox kept by a shim: the environment that a pod's containers share. Spoken over ttrpc.
+    """
 
     def CreateSandbox(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Prepare everything but start nothing.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StartSandbox(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Bring the sandbox up.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Platform(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What the sandbox can run.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopSandbox(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """End it and everything in it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WaitSandbox(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Return when it has ended, with how.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SandboxStatus(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What it is and does.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PingSandbox(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Answer when alive.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ShutdownSandbox(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Give everything back and end the shim.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SandboxMetrics(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Use of resources by the whole sandbox.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -195,7 +206,8 @@ def add_SandboxServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Sandbox:
-    """Missing associated documentation comment in .proto file."""
+    """A sandbox kept by a shim: the environment that a pod's containers share. Spoken over ttrpc.
+    """
 
     @staticmethod
     def CreateSandbox(request,

@@ -27,95 +27,128 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SandboxStub:
+    """A sandbox kept by a shim: the environment that a pod's containers share. Spoken over ttrpc."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SandboxAsyncStub: ...
     CreateSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSandboxRequest, _sandbox_pb2.CreateSandboxResponse]
+    """Prepare everything but start nothing."""
     StartSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StartSandboxRequest, _sandbox_pb2.StartSandboxResponse]
+    """Bring the sandbox up."""
     Platform: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.PlatformRequest, _sandbox_pb2.PlatformResponse]
+    """What the sandbox can run."""
     StopSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StopSandboxRequest, _sandbox_pb2.StopSandboxResponse]
+    """End it and everything in it."""
     WaitSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.WaitSandboxRequest, _sandbox_pb2.WaitSandboxResponse]
+    """Return when it has ended, with how."""
     SandboxStatus: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.SandboxStatusRequest, _sandbox_pb2.SandboxStatusResponse]
+    """What it is and does."""
     PingSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.PingRequest, _sandbox_pb2.PingResponse]
+    """Answer when alive."""
     ShutdownSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ShutdownSandboxRequest, _sandbox_pb2.ShutdownSandboxResponse]
+    """Give everything back and end the shim."""
     SandboxMetrics: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.SandboxMetricsRequest, _sandbox_pb2.SandboxMetricsResponse]
+    """Use of resources by the whole sandbox."""
 
 @_typing.type_check_only
 class SandboxAsyncStub(SandboxStub):
+    """A sandbox kept by a shim: the environment that a pod's containers share. Spoken over ttrpc."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSandboxRequest, _sandbox_pb2.CreateSandboxResponse]  # type: ignore[assignment]
+    """Prepare everything but start nothing."""
     StartSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StartSandboxRequest, _sandbox_pb2.StartSandboxResponse]  # type: ignore[assignment]
+    """Bring the sandbox up."""
     Platform: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.PlatformRequest, _sandbox_pb2.PlatformResponse]  # type: ignore[assignment]
+    """What the sandbox can run."""
     StopSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StopSandboxRequest, _sandbox_pb2.StopSandboxResponse]  # type: ignore[assignment]
+    """End it and everything in it."""
     WaitSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.WaitSandboxRequest, _sandbox_pb2.WaitSandboxResponse]  # type: ignore[assignment]
+    """Return when it has ended, with how."""
     SandboxStatus: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.SandboxStatusRequest, _sandbox_pb2.SandboxStatusResponse]  # type: ignore[assignment]
+    """What it is and does."""
     PingSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.PingRequest, _sandbox_pb2.PingResponse]  # type: ignore[assignment]
+    """Answer when alive."""
     ShutdownSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ShutdownSandboxRequest, _sandbox_pb2.ShutdownSandboxResponse]  # type: ignore[assignment]
+    """Give everything back and end the shim."""
     SandboxMetrics: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.SandboxMetricsRequest, _sandbox_pb2.SandboxMetricsResponse]  # type: ignore[assignment]
+    """Use of resources by the whole sandbox."""
 
 class SandboxServicer(metaclass=_abc_1.ABCMeta):
+    """A sandbox kept by a shim: the environment that a pod's containers share. Spoken over ttrpc."""
+
     @_abc_1.abstractmethod
     def CreateSandbox(
         self,
         request: _sandbox_pb2.CreateSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.CreateSandboxResponse, _abc.Awaitable[_sandbox_pb2.CreateSandboxResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.CreateSandboxResponse, _abc.Awaitable[_sandbox_pb2.CreateSandboxResponse]]:
+        """Prepare everything but start nothing."""
 
     @_abc_1.abstractmethod
     def StartSandbox(
         self,
         request: _sandbox_pb2.StartSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StartSandboxResponse, _abc.Awaitable[_sandbox_pb2.StartSandboxResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StartSandboxResponse, _abc.Awaitable[_sandbox_pb2.StartSandboxResponse]]:
+        """Bring the sandbox up."""
 
     @_abc_1.abstractmethod
     def Platform(
         self,
         request: _sandbox_pb2.PlatformRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.PlatformResponse, _abc.Awaitable[_sandbox_pb2.PlatformResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.PlatformResponse, _abc.Awaitable[_sandbox_pb2.PlatformResponse]]:
+        """What the sandbox can run."""
 
     @_abc_1.abstractmethod
     def StopSandbox(
         self,
         request: _sandbox_pb2.StopSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StopSandboxResponse, _abc.Awaitable[_sandbox_pb2.StopSandboxResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StopSandboxResponse, _abc.Awaitable[_sandbox_pb2.StopSandboxResponse]]:
+        """End it and everything in it."""
 
     @_abc_1.abstractmethod
     def WaitSandbox(
         self,
         request: _sandbox_pb2.WaitSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.WaitSandboxResponse, _abc.Awaitable[_sandbox_pb2.WaitSandboxResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.WaitSandboxResponse, _abc.Awaitable[_sandbox_pb2.WaitSandboxResponse]]:
+        """Return when it has ended, with how."""
 
     @_abc_1.abstractmethod
     def SandboxStatus(
         self,
         request: _sandbox_pb2.SandboxStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.SandboxStatusResponse, _abc.Awaitable[_sandbox_pb2.SandboxStatusResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.SandboxStatusResponse, _abc.Awaitable[_sandbox_pb2.SandboxStatusResponse]]:
+        """What it is and does."""
 
     @_abc_1.abstractmethod
     def PingSandbox(
         self,
         request: _sandbox_pb2.PingRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.PingResponse, _abc.Awaitable[_sandbox_pb2.PingResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.PingResponse, _abc.Awaitable[_sandbox_pb2.PingResponse]]:
+        """Answer when alive."""
 
     @_abc_1.abstractmethod
     def ShutdownSandbox(
         self,
         request: _sandbox_pb2.ShutdownSandboxRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ShutdownSandboxResponse, _abc.Awaitable[_sandbox_pb2.ShutdownSandboxResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ShutdownSandboxResponse, _abc.Awaitable[_sandbox_pb2.ShutdownSandboxResponse]]:
+        """Give everything back and end the shim."""
 
     @_abc_1.abstractmethod
     def SandboxMetrics(
         self,
         request: _sandbox_pb2.SandboxMetricsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.SandboxMetricsResponse, _abc.Awaitable[_sandbox_pb2.SandboxMetricsResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.SandboxMetricsResponse, _abc.Awaitable[_sandbox_pb2.SandboxMetricsResponse]]:
+        """Use of resources by the whole sandbox."""
 
 def add_SandboxServicer_to_server(servicer: SandboxServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

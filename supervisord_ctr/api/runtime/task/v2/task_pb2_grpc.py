@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class TaskStub:
-    """Missing associated documentation comment in .proto file."""
+    """What a daemon asks of a shim, over ttrpc: one task, or all tasks of a pod. `exec_id` empty means the first process.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -123,106 +124,124 @@ class TaskStub:
 
 
 class TaskServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What a daemon asks of a shim, over ttrpc: one task, or all tasks of a pod. `exec_id` empty means the first process.
+    """
 
     def State(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What a process is and does now.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Create(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Mount the root file system and make the container; its program waits for Start.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Start(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Run a created process.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Give back an ended process; its exit is in the answer.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pids(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Every process of the container.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Freeze the container.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Let it go on.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Checkpoint(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Write a checkpoint with criu.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Kill(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Send a signal.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Exec(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Add a process; it waits for Start.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResizePty(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Tell the terminal's size.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseIO(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Close the process's standard input after what was written is read.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change limits of resources.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Wait(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Return when the process has ended; at once when it already has.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Cgroup figures, as a message of `io.containerd.cgroups`.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Connect(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Who serves: pids of shim and task.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Shutdown(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """End the shim when it has nothing left to do.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -324,7 +343,8 @@ def add_TaskServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Task:
-    """Missing associated documentation comment in .proto file."""
+    """What a daemon asks of a shim, over ttrpc: one task, or all tasks of a pod. `exec_id` empty means the first process.
+    """
 
     @staticmethod
     def State(request,

@@ -43,11 +43,16 @@ class CreateTaskRequest(_message.Message):
     stdout: _builtins.str
     stderr: _builtins.str
     checkpoint: _builtins.str
+    """Folder of a checkpoint to restore from."""
     parent_checkpoint: _builtins.str
     @_builtins.property
-    def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
+    def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]:
+        """Mounted on the bundle's rootfs folder, in order; none means that it is there already."""
+
     @_builtins.property
-    def options(self) -> _any_pb2.Any: ...
+    def options(self) -> _any_pb2.Any:
+        """Options of the runtime, by their type."""
+
     def __init__(
         self,
         *,
@@ -120,6 +125,7 @@ class DeleteResponse(_message.Message):
     EXITED_AT_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     exit_status: _builtins.int
+    """128 and the signal's number after a death by signal."""
     @_builtins.property
     def exited_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -155,7 +161,9 @@ class ExecProcessRequest(_message.Message):
     stdout: _builtins.str
     stderr: _builtins.str
     @_builtins.property
-    def spec(self) -> _any_pb2.Any: ...
+    def spec(self) -> _any_pb2.Any:
+        """The process as JSON of the OCI runtime specification."""
+
     def __init__(
         self,
         *,
@@ -302,6 +310,7 @@ class KillRequest(_message.Message):
     exec_id: _builtins.str
     signal: _builtins.int
     all: _builtins.bool
+    """Signal every process of the container."""
     def __init__(
         self,
         *,
@@ -437,7 +446,9 @@ class UpdateTaskRequest(_message.Message):
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     @_builtins.property
-    def resources(self) -> _any_pb2.Any: ...
+    def resources(self) -> _any_pb2.Any:
+        """Resources as JSON of the OCI runtime specification."""
+
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -632,6 +643,7 @@ class ShutdownRequest(_message.Message):
     NOW_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     now: _builtins.bool
+    """Do not wait for the tasks that are left."""
     def __init__(
         self,
         *,

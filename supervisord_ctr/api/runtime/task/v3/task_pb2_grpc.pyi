@@ -28,167 +28,224 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TaskStub:
+    """What a daemon asks of a shim, as in version 2; a shim of version 3 may serve it over ttrpc or gRPC."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TaskAsyncStub: ...
     State: _grpc.UnaryUnaryMultiCallable[_task_pb2.StateRequest, _task_pb2.StateResponse]
+    """What a process is and does now."""
     Create: _grpc.UnaryUnaryMultiCallable[_task_pb2.CreateTaskRequest, _task_pb2.CreateTaskResponse]
+    """Mount the root file system and make the container; its program waits for Start."""
     Start: _grpc.UnaryUnaryMultiCallable[_task_pb2.StartRequest, _task_pb2.StartResponse]
+    """Run a created process."""
     Delete: _grpc.UnaryUnaryMultiCallable[_task_pb2.DeleteRequest, _task_pb2.DeleteResponse]
+    """Give back an ended process; its exit is in the answer."""
     Pids: _grpc.UnaryUnaryMultiCallable[_task_pb2.PidsRequest, _task_pb2.PidsResponse]
+    """Every process of the container."""
     Pause: _grpc.UnaryUnaryMultiCallable[_task_pb2.PauseRequest, _empty_pb2.Empty]
+    """Freeze the container."""
     Resume: _grpc.UnaryUnaryMultiCallable[_task_pb2.ResumeRequest, _empty_pb2.Empty]
+    """Let it go on."""
     Checkpoint: _grpc.UnaryUnaryMultiCallable[_task_pb2.CheckpointTaskRequest, _empty_pb2.Empty]
+    """Write a checkpoint with criu."""
     Kill: _grpc.UnaryUnaryMultiCallable[_task_pb2.KillRequest, _empty_pb2.Empty]
+    """Send a signal."""
     Exec: _grpc.UnaryUnaryMultiCallable[_task_pb2.ExecProcessRequest, _empty_pb2.Empty]
+    """Add a process; it waits for Start."""
     ResizePty: _grpc.UnaryUnaryMultiCallable[_task_pb2.ResizePtyRequest, _empty_pb2.Empty]
+    """Tell the terminal's size."""
     CloseIO: _grpc.UnaryUnaryMultiCallable[_task_pb2.CloseIORequest, _empty_pb2.Empty]
+    """Close the process's standard input after what was written is read."""
     Update: _grpc.UnaryUnaryMultiCallable[_task_pb2.UpdateTaskRequest, _empty_pb2.Empty]
+    """Change limits of resources."""
     Wait: _grpc.UnaryUnaryMultiCallable[_task_pb2.WaitRequest, _task_pb2.WaitResponse]
+    """Return when the process has ended; at once when it already has."""
     Stats: _grpc.UnaryUnaryMultiCallable[_task_pb2.StatsRequest, _task_pb2.StatsResponse]
+    """Cgroup figures, as a message of `io.containerd.cgroups`."""
     Connect: _grpc.UnaryUnaryMultiCallable[_task_pb2.ConnectRequest, _task_pb2.ConnectResponse]
+    """Who serves: pids of shim and task."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_task_pb2.ShutdownRequest, _empty_pb2.Empty]
+    """End the shim when it has nothing left to do."""
 
 @_typing.type_check_only
 class TaskAsyncStub(TaskStub):
+    """What a daemon asks of a shim, as in version 2; a shim of version 3 may serve it over ttrpc or gRPC."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     State: _aio.UnaryUnaryMultiCallable[_task_pb2.StateRequest, _task_pb2.StateResponse]  # type: ignore[assignment]
+    """What a process is and does now."""
     Create: _aio.UnaryUnaryMultiCallable[_task_pb2.CreateTaskRequest, _task_pb2.CreateTaskResponse]  # type: ignore[assignment]
+    """Mount the root file system and make the container; its program waits for Start."""
     Start: _aio.UnaryUnaryMultiCallable[_task_pb2.StartRequest, _task_pb2.StartResponse]  # type: ignore[assignment]
+    """Run a created process."""
     Delete: _aio.UnaryUnaryMultiCallable[_task_pb2.DeleteRequest, _task_pb2.DeleteResponse]  # type: ignore[assignment]
+    """Give back an ended process; its exit is in the answer."""
     Pids: _aio.UnaryUnaryMultiCallable[_task_pb2.PidsRequest, _task_pb2.PidsResponse]  # type: ignore[assignment]
+    """Every process of the container."""
     Pause: _aio.UnaryUnaryMultiCallable[_task_pb2.PauseRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Freeze the container."""
     Resume: _aio.UnaryUnaryMultiCallable[_task_pb2.ResumeRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Let it go on."""
     Checkpoint: _aio.UnaryUnaryMultiCallable[_task_pb2.CheckpointTaskRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Write a checkpoint with criu."""
     Kill: _aio.UnaryUnaryMultiCallable[_task_pb2.KillRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Send a signal."""
     Exec: _aio.UnaryUnaryMultiCallable[_task_pb2.ExecProcessRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Add a process; it waits for Start."""
     ResizePty: _aio.UnaryUnaryMultiCallable[_task_pb2.ResizePtyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Tell the terminal's size."""
     CloseIO: _aio.UnaryUnaryMultiCallable[_task_pb2.CloseIORequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Close the process's standard input after what was written is read."""
     Update: _aio.UnaryUnaryMultiCallable[_task_pb2.UpdateTaskRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Change limits of resources."""
     Wait: _aio.UnaryUnaryMultiCallable[_task_pb2.WaitRequest, _task_pb2.WaitResponse]  # type: ignore[assignment]
+    """Return when the process has ended; at once when it already has."""
     Stats: _aio.UnaryUnaryMultiCallable[_task_pb2.StatsRequest, _task_pb2.StatsResponse]  # type: ignore[assignment]
+    """Cgroup figures, as a message of `io.containerd.cgroups`."""
     Connect: _aio.UnaryUnaryMultiCallable[_task_pb2.ConnectRequest, _task_pb2.ConnectResponse]  # type: ignore[assignment]
+    """Who serves: pids of shim and task."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_task_pb2.ShutdownRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """End the shim when it has nothing left to do."""
 
 class TaskServicer(metaclass=_abc_1.ABCMeta):
+    """What a daemon asks of a shim, as in version 2; a shim of version 3 may serve it over ttrpc or gRPC."""
+
     @_abc_1.abstractmethod
     def State(
         self,
         request: _task_pb2.StateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.StateResponse, _abc.Awaitable[_task_pb2.StateResponse]]: ...
+    ) -> _typing.Union[_task_pb2.StateResponse, _abc.Awaitable[_task_pb2.StateResponse]]:
+        """What a process is and does now."""
 
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _task_pb2.CreateTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.CreateTaskResponse, _abc.Awaitable[_task_pb2.CreateTaskResponse]]: ...
+    ) -> _typing.Union[_task_pb2.CreateTaskResponse, _abc.Awaitable[_task_pb2.CreateTaskResponse]]:
+        """Mount the root file system and make the container; its program waits for Start."""
 
     @_abc_1.abstractmethod
     def Start(
         self,
         request: _task_pb2.StartRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.StartResponse, _abc.Awaitable[_task_pb2.StartResponse]]: ...
+    ) -> _typing.Union[_task_pb2.StartResponse, _abc.Awaitable[_task_pb2.StartResponse]]:
+        """Run a created process."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _task_pb2.DeleteRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.DeleteResponse, _abc.Awaitable[_task_pb2.DeleteResponse]]: ...
+    ) -> _typing.Union[_task_pb2.DeleteResponse, _abc.Awaitable[_task_pb2.DeleteResponse]]:
+        """Give back an ended process; its exit is in the answer."""
 
     @_abc_1.abstractmethod
     def Pids(
         self,
         request: _task_pb2.PidsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.PidsResponse, _abc.Awaitable[_task_pb2.PidsResponse]]: ...
+    ) -> _typing.Union[_task_pb2.PidsResponse, _abc.Awaitable[_task_pb2.PidsResponse]]:
+        """Every process of the container."""
 
     @_abc_1.abstractmethod
     def Pause(
         self,
         request: _task_pb2.PauseRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Freeze the container."""
 
     @_abc_1.abstractmethod
     def Resume(
         self,
         request: _task_pb2.ResumeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Let it go on."""
 
     @_abc_1.abstractmethod
     def Checkpoint(
         self,
         request: _task_pb2.CheckpointTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Write a checkpoint with criu."""
 
     @_abc_1.abstractmethod
     def Kill(
         self,
         request: _task_pb2.KillRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Send a signal."""
 
     @_abc_1.abstractmethod
     def Exec(
         self,
         request: _task_pb2.ExecProcessRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Add a process; it waits for Start."""
 
     @_abc_1.abstractmethod
     def ResizePty(
         self,
         request: _task_pb2.ResizePtyRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Tell the terminal's size."""
 
     @_abc_1.abstractmethod
     def CloseIO(
         self,
         request: _task_pb2.CloseIORequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Close the process's standard input after what was written is read."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _task_pb2.UpdateTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Change limits of resources."""
 
     @_abc_1.abstractmethod
     def Wait(
         self,
         request: _task_pb2.WaitRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.WaitResponse, _abc.Awaitable[_task_pb2.WaitResponse]]: ...
+    ) -> _typing.Union[_task_pb2.WaitResponse, _abc.Awaitable[_task_pb2.WaitResponse]]:
+        """Return when the process has ended; at once when it already has."""
 
     @_abc_1.abstractmethod
     def Stats(
         self,
         request: _task_pb2.StatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.StatsResponse, _abc.Awaitable[_task_pb2.StatsResponse]]: ...
+    ) -> _typing.Union[_task_pb2.StatsResponse, _abc.Awaitable[_task_pb2.StatsResponse]]:
+        """Cgroup figures, as a message of `io.containerd.cgroups`."""
 
     @_abc_1.abstractmethod
     def Connect(
         self,
         request: _task_pb2.ConnectRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_task_pb2.ConnectResponse, _abc.Awaitable[_task_pb2.ConnectResponse]]: ...
+    ) -> _typing.Union[_task_pb2.ConnectResponse, _abc.Awaitable[_task_pb2.ConnectResponse]]:
+        """Who serves: pids of shim and task."""
 
     @_abc_1.abstractmethod
     def Shutdown(
         self,
         request: _task_pb2.ShutdownRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """End the shim when it has nothing left to do."""
 
 def add_TaskServicer_to_server(servicer: TaskServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

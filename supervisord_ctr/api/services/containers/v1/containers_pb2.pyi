@@ -23,10 +23,14 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Container(_message.Message):
+    """One record."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Runtime(_message.Message):
+        """Runtime that runs it, and options for it by their type."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         NAME_FIELD_NUMBER: _builtins.int
@@ -99,22 +103,35 @@ class Container(_message.Message):
     EXTENSIONS_FIELD_NUMBER: _builtins.int
     SANDBOX_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """Chosen by the client; never changes."""
     image: _builtins.str
+    """Name of the image that it was made from, for people; nothing is resolved through it."""
     snapshotter: _builtins.str
+    """Snapshotter of its root file system; set once."""
     snapshot_key: _builtins.str
+    """Key of its active snapshot; while the record lives, the snapshot is not collected."""
     sandbox: _builtins.str
+    """Id of the sandbox that it runs in, if any."""
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The client's own; filters can ask for them."""
+
     @_builtins.property
-    def runtime(self) -> Global___Container.Runtime: ...
+    def runtime(self) -> Global___Container.Runtime:
+        """Runtime that runs it; never changes."""
+
     @_builtins.property
-    def spec(self) -> _any_pb2.Any: ...
+    def spec(self) -> _any_pb2.Any:
+        """The OCI runtime specification's config.json, stored as it came."""
+
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def updated_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
-    def extensions(self) -> _containers.MessageMap[_builtins.str, _any_pb2.Any]: ...
+    def extensions(self) -> _containers.MessageMap[_builtins.str, _any_pb2.Any]:
+        """Data of clients, by name; stored as they came."""
+
     def __init__(
         self,
         *,

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class ContainersStub:
-    """Missing associated documentation comment in .proto file."""
+    """Records of containers: what to run, not what runs. Every call is about one namespace, named in the header.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -68,40 +69,47 @@ class ContainersStub:
 
 
 class ContainersServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Records of containers: what to run, not what runs. Every call is about one namespace, named in the header.
+    """
 
     def Get(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One record.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Records that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListStream(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The same, a record a message, for lists beyond a message's size.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Create(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Make a record.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change the fields named in the mask; without a mask, everything that may change.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Remove a record. What it refers to is left to the garbage collector.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -148,7 +156,8 @@ def add_ContainersServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Containers:
-    """Missing associated documentation comment in .proto file."""
+    """Records of containers: what to run, not what runs. Every call is about one namespace, named in the header.
+    """
 
     @staticmethod
     def Get(request,

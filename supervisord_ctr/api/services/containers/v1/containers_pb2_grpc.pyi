@@ -28,68 +28,92 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ContainersStub:
+    """Records of containers: what to run, not what runs. Every call is about one namespace, named in the header."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ContainersAsyncStub: ...
     Get: _grpc.UnaryUnaryMultiCallable[_containers_pb2.GetContainerRequest, _containers_pb2.GetContainerResponse]
+    """One record."""
     List: _grpc.UnaryUnaryMultiCallable[_containers_pb2.ListContainersRequest, _containers_pb2.ListContainersResponse]
+    """Records that match any of the filters."""
     ListStream: _grpc.UnaryStreamMultiCallable[_containers_pb2.ListContainersRequest, _containers_pb2.ListContainerMessage]
+    """The same, a record a message, for lists beyond a message's size."""
     Create: _grpc.UnaryUnaryMultiCallable[_containers_pb2.CreateContainerRequest, _containers_pb2.CreateContainerResponse]
+    """Make a record."""
     Update: _grpc.UnaryUnaryMultiCallable[_containers_pb2.UpdateContainerRequest, _containers_pb2.UpdateContainerResponse]
+    """Change the fields named in the mask; without a mask, everything that may change."""
     Delete: _grpc.UnaryUnaryMultiCallable[_containers_pb2.DeleteContainerRequest, _empty_pb2.Empty]
+    """Remove a record. What it refers to is left to the garbage collector."""
 
 @_typing.type_check_only
 class ContainersAsyncStub(ContainersStub):
+    """Records of containers: what to run, not what runs. Every call is about one namespace, named in the header."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Get: _aio.UnaryUnaryMultiCallable[_containers_pb2.GetContainerRequest, _containers_pb2.GetContainerResponse]  # type: ignore[assignment]
+    """One record."""
     List: _aio.UnaryUnaryMultiCallable[_containers_pb2.ListContainersRequest, _containers_pb2.ListContainersResponse]  # type: ignore[assignment]
+    """Records that match any of the filters."""
     ListStream: _aio.UnaryStreamMultiCallable[_containers_pb2.ListContainersRequest, _containers_pb2.ListContainerMessage]  # type: ignore[assignment]
+    """The same, a record a message, for lists beyond a message's size."""
     Create: _aio.UnaryUnaryMultiCallable[_containers_pb2.CreateContainerRequest, _containers_pb2.CreateContainerResponse]  # type: ignore[assignment]
+    """Make a record."""
     Update: _aio.UnaryUnaryMultiCallable[_containers_pb2.UpdateContainerRequest, _containers_pb2.UpdateContainerResponse]  # type: ignore[assignment]
+    """Change the fields named in the mask; without a mask, everything that may change."""
     Delete: _aio.UnaryUnaryMultiCallable[_containers_pb2.DeleteContainerRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Remove a record. What it refers to is left to the garbage collector."""
 
 class ContainersServicer(metaclass=_abc_1.ABCMeta):
+    """Records of containers: what to run, not what runs. Every call is about one namespace, named in the header."""
+
     @_abc_1.abstractmethod
     def Get(
         self,
         request: _containers_pb2.GetContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_containers_pb2.GetContainerResponse, _abc.Awaitable[_containers_pb2.GetContainerResponse]]: ...
+    ) -> _typing.Union[_containers_pb2.GetContainerResponse, _abc.Awaitable[_containers_pb2.GetContainerResponse]]:
+        """One record."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _containers_pb2.ListContainersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_containers_pb2.ListContainersResponse, _abc.Awaitable[_containers_pb2.ListContainersResponse]]: ...
+    ) -> _typing.Union[_containers_pb2.ListContainersResponse, _abc.Awaitable[_containers_pb2.ListContainersResponse]]:
+        """Records that match any of the filters."""
 
     @_abc_1.abstractmethod
     def ListStream(
         self,
         request: _containers_pb2.ListContainersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_containers_pb2.ListContainerMessage], _abc.AsyncIterator[_containers_pb2.ListContainerMessage]]: ...
+    ) -> _typing.Union[_abc.Iterator[_containers_pb2.ListContainerMessage], _abc.AsyncIterator[_containers_pb2.ListContainerMessage]]:
+        """The same, a record a message, for lists beyond a message's size."""
 
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _containers_pb2.CreateContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_containers_pb2.CreateContainerResponse, _abc.Awaitable[_containers_pb2.CreateContainerResponse]]: ...
+    ) -> _typing.Union[_containers_pb2.CreateContainerResponse, _abc.Awaitable[_containers_pb2.CreateContainerResponse]]:
+        """Make a record."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _containers_pb2.UpdateContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_containers_pb2.UpdateContainerResponse, _abc.Awaitable[_containers_pb2.UpdateContainerResponse]]: ...
+    ) -> _typing.Union[_containers_pb2.UpdateContainerResponse, _abc.Awaitable[_containers_pb2.UpdateContainerResponse]]:
+        """Change the fields named in the mask; without a mask, everything that may change."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _containers_pb2.DeleteContainerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Remove a record. What it refers to is left to the garbage collector."""
 
 def add_ContainersServicer_to_server(servicer: ContainersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,18 +28,27 @@ class _WriteAction:
 class _WriteActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WriteAction.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     STAT: _WriteAction.ValueType  # 0
+    """Only tell how far the ingest is."""
     WRITE: _WriteAction.ValueType  # 1
+    """Append `data` at `offset`."""
     COMMIT: _WriteAction.ValueType  # 2
+    """Append `data`, check size and digest, and make the ingest a blob."""
 
-class WriteAction(_WriteAction, metaclass=_WriteActionEnumTypeWrapper): ...
+class WriteAction(_WriteAction, metaclass=_WriteActionEnumTypeWrapper):
+    """What a message of a Write asks for."""
 
 STAT: WriteAction.ValueType  # 0
+"""Only tell how far the ingest is."""
 WRITE: WriteAction.ValueType  # 1
+"""Append `data` at `offset`."""
 COMMIT: WriteAction.ValueType  # 2
+"""Append `data`, check size and digest, and make the ingest a blob."""
 Global___WriteAction: _TypeAlias = WriteAction  # noqa: Y015
 
 @_typing.final
 class Info(_message.Message):
+    """What is known of a blob without reading it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -244,6 +253,7 @@ class ReadContentRequest(_message.Message):
     digest: _builtins.str
     offset: _builtins.int
     size: _builtins.int
+    """0 means to the end."""
     def __init__(
         self,
         *,
@@ -283,6 +293,8 @@ Global___ReadContentResponse: _TypeAlias = ReadContentResponse  # noqa: Y015
 
 @_typing.final
 class Status(_message.Message):
+    """How far an ingest is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STARTED_AT_FIELD_NUMBER: _builtins.int
@@ -292,9 +304,12 @@ class Status(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     EXPECTED_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
+    """The client's name for the ingest; whoever uses it again goes on where it ended."""
     offset: _builtins.int
     total: _builtins.int
+    """Bytes expected; 0 when unknown."""
     expected: _builtins.str
+    """Digest expected; empty when unknown."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -431,10 +446,14 @@ class WriteContentRequest(_message.Message):
     ref: _builtins.str
     total: _builtins.int
     expected: _builtins.str
+    """Commit fails when the digest is another."""
     offset: _builtins.int
+    """Where `data` belong: what is there already, or less, which cuts the rest off."""
     data: _builtins.bytes
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Set on the blob when it is committed."""
+
     def __init__(
         self,
         *,
@@ -468,6 +487,7 @@ class WriteContentResponse(_message.Message):
     offset: _builtins.int
     total: _builtins.int
     digest: _builtins.str
+    """Of what was written so far; of the blob after a commit."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class ContentStub:
-    """Missing associated documentation comment in .proto file."""
+    """Blobs by digest, and ingests: blobs on their way in.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -83,58 +84,68 @@ class ContentStub:
 
 
 class ContentServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Blobs by digest, and ingests: blobs on their way in.
+    """
 
     def Info(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Size, times and labels of a blob.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change a blob's labels; nothing else of it can change.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Blobs that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Remove a blob from this namespace.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """A blob's bytes, or a part of them.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """How far one ingest is.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListStatuses(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """How far the ingests are that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """Write an ingest, and commit it. One call at a time may hold a `ref`; another gets UNAVAILABLE.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Forget an ingest and its bytes.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -196,7 +207,8 @@ def add_ContentServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Content:
-    """Missing associated documentation comment in .proto file."""
+    """Blobs by digest, and ingests: blobs on their way in.
+    """
 
     @staticmethod
     def Info(request,

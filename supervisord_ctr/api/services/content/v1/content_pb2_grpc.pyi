@@ -28,95 +28,128 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ContentStub:
+    """Blobs by digest, and ingests: blobs on their way in."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ContentAsyncStub: ...
     Info: _grpc.UnaryUnaryMultiCallable[_content_pb2.InfoRequest, _content_pb2.InfoResponse]
+    """Size, times and labels of a blob."""
     Update: _grpc.UnaryUnaryMultiCallable[_content_pb2.UpdateRequest, _content_pb2.UpdateResponse]
+    """Change a blob's labels; nothing else of it can change."""
     List: _grpc.UnaryStreamMultiCallable[_content_pb2.ListContentRequest, _content_pb2.ListContentResponse]
+    """Blobs that match any of the filters."""
     Delete: _grpc.UnaryUnaryMultiCallable[_content_pb2.DeleteContentRequest, _empty_pb2.Empty]
+    """Remove a blob from this namespace."""
     Read: _grpc.UnaryStreamMultiCallable[_content_pb2.ReadContentRequest, _content_pb2.ReadContentResponse]
+    """A blob's bytes, or a part of them."""
     Status: _grpc.UnaryUnaryMultiCallable[_content_pb2.StatusRequest, _content_pb2.StatusResponse]
+    """How far one ingest is."""
     ListStatuses: _grpc.UnaryUnaryMultiCallable[_content_pb2.ListStatusesRequest, _content_pb2.ListStatusesResponse]
+    """How far the ingests are that match any of the filters."""
     Write: _grpc.StreamStreamMultiCallable[_content_pb2.WriteContentRequest, _content_pb2.WriteContentResponse]
+    """Write an ingest, and commit it. One call at a time may hold a `ref`; another gets UNAVAILABLE."""
     Abort: _grpc.UnaryUnaryMultiCallable[_content_pb2.AbortRequest, _empty_pb2.Empty]
+    """Forget an ingest and its bytes."""
 
 @_typing.type_check_only
 class ContentAsyncStub(ContentStub):
+    """Blobs by digest, and ingests: blobs on their way in."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Info: _aio.UnaryUnaryMultiCallable[_content_pb2.InfoRequest, _content_pb2.InfoResponse]  # type: ignore[assignment]
+    """Size, times and labels of a blob."""
     Update: _aio.UnaryUnaryMultiCallable[_content_pb2.UpdateRequest, _content_pb2.UpdateResponse]  # type: ignore[assignment]
+    """Change a blob's labels; nothing else of it can change."""
     List: _aio.UnaryStreamMultiCallable[_content_pb2.ListContentRequest, _content_pb2.ListContentResponse]  # type: ignore[assignment]
+    """Blobs that match any of the filters."""
     Delete: _aio.UnaryUnaryMultiCallable[_content_pb2.DeleteContentRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Remove a blob from this namespace."""
     Read: _aio.UnaryStreamMultiCallable[_content_pb2.ReadContentRequest, _content_pb2.ReadContentResponse]  # type: ignore[assignment]
+    """A blob's bytes, or a part of them."""
     Status: _aio.UnaryUnaryMultiCallable[_content_pb2.StatusRequest, _content_pb2.StatusResponse]  # type: ignore[assignment]
+    """How far one ingest is."""
     ListStatuses: _aio.UnaryUnaryMultiCallable[_content_pb2.ListStatusesRequest, _content_pb2.ListStatusesResponse]  # type: ignore[assignment]
+    """How far the ingests are that match any of the filters."""
     Write: _aio.StreamStreamMultiCallable[_content_pb2.WriteContentRequest, _content_pb2.WriteContentResponse]  # type: ignore[assignment]
+    """Write an ingest, and commit it. One call at a time may hold a `ref`; another gets UNAVAILABLE."""
     Abort: _aio.UnaryUnaryMultiCallable[_content_pb2.AbortRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Forget an ingest and its bytes."""
 
 class ContentServicer(metaclass=_abc_1.ABCMeta):
+    """Blobs by digest, and ingests: blobs on their way in."""
+
     @_abc_1.abstractmethod
     def Info(
         self,
         request: _content_pb2.InfoRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_content_pb2.InfoResponse, _abc.Awaitable[_content_pb2.InfoResponse]]: ...
+    ) -> _typing.Union[_content_pb2.InfoResponse, _abc.Awaitable[_content_pb2.InfoResponse]]:
+        """Size, times and labels of a blob."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _content_pb2.UpdateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_content_pb2.UpdateResponse, _abc.Awaitable[_content_pb2.UpdateResponse]]: ...
+    ) -> _typing.Union[_content_pb2.UpdateResponse, _abc.Awaitable[_content_pb2.UpdateResponse]]:
+        """Change a blob's labels; nothing else of it can change."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _content_pb2.ListContentRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_content_pb2.ListContentResponse], _abc.AsyncIterator[_content_pb2.ListContentResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_content_pb2.ListContentResponse], _abc.AsyncIterator[_content_pb2.ListContentResponse]]:
+        """Blobs that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _content_pb2.DeleteContentRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Remove a blob from this namespace."""
 
     @_abc_1.abstractmethod
     def Read(
         self,
         request: _content_pb2.ReadContentRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_content_pb2.ReadContentResponse], _abc.AsyncIterator[_content_pb2.ReadContentResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_content_pb2.ReadContentResponse], _abc.AsyncIterator[_content_pb2.ReadContentResponse]]:
+        """A blob's bytes, or a part of them."""
 
     @_abc_1.abstractmethod
     def Status(
         self,
         request: _content_pb2.StatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_content_pb2.StatusResponse, _abc.Awaitable[_content_pb2.StatusResponse]]: ...
+    ) -> _typing.Union[_content_pb2.StatusResponse, _abc.Awaitable[_content_pb2.StatusResponse]]:
+        """How far one ingest is."""
 
     @_abc_1.abstractmethod
     def ListStatuses(
         self,
         request: _content_pb2.ListStatusesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_content_pb2.ListStatusesResponse, _abc.Awaitable[_content_pb2.ListStatusesResponse]]: ...
+    ) -> _typing.Union[_content_pb2.ListStatusesResponse, _abc.Awaitable[_content_pb2.ListStatusesResponse]]:
+        """How far the ingests are that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Write(
         self,
         request_iterator: _MaybeAsyncIterator[_content_pb2.WriteContentRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_content_pb2.WriteContentResponse], _abc.AsyncIterator[_content_pb2.WriteContentResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_content_pb2.WriteContentResponse], _abc.AsyncIterator[_content_pb2.WriteContentResponse]]:
+        """Write an ingest, and commit it. One call at a time may hold a `ref`; another gets UNAVAILABLE."""
 
     @_abc_1.abstractmethod
     def Abort(
         self,
         request: _content_pb2.AbortRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Forget an ingest and its bytes."""
 
 def add_ContentServicer_to_server(servicer: ContentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

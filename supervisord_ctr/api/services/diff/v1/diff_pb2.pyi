@@ -51,12 +51,15 @@ class ApplyRequest(_message.Message):
     PAYLOADS_FIELD_NUMBER: _builtins.int
     SYNC_FS_FIELD_NUMBER: _builtins.int
     sync_fs: _builtins.bool
+    """Have everything on disk before the answer."""
     @_builtins.property
     def diff(self) -> _types_pb2.Descriptor: ...
     @_builtins.property
     def mounts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
     @_builtins.property
-    def payloads(self) -> _containers.MessageMap[_builtins.str, _any_pb2.Any]: ...
+    def payloads(self) -> _containers.MessageMap[_builtins.str, _any_pb2.Any]:
+        """Data for the processors of media types that need some (keys of encrypted layers)."""
+
     def __init__(
         self,
         *,
@@ -124,15 +127,21 @@ class DiffRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     SOURCE_DATE_EPOCH_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
+    """Format of the layer; empty means gzip."""
     ref: _builtins.str
+    """Ingest to write into; empty lets the daemon choose."""
     @_builtins.property
     def left(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
     @_builtins.property
     def right(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Set on the blob."""
+
     @_builtins.property
-    def source_date_epoch(self) -> _timestamp_pb2.Timestamp: ...
+    def source_date_epoch(self) -> _timestamp_pb2.Timestamp:
+        """No time in the layer is later than this, so that it is the same each time."""
+
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class DiffStub:
-    """Missing associated documentation comment in .proto file."""
+    """Layers into directories and back.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,16 +48,19 @@ class DiffStub:
 
 
 class DiffServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Layers into directories and back.
+    """
 
     def Apply(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Unpack a blob onto what the mounts show; the answer describes the unpacked layer.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Diff(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Pack what `right` changed of `left` into a layer.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -83,7 +87,8 @@ def add_DiffServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Diff:
-    """Missing associated documentation comment in .proto file."""
+    """Layers into directories and back.
+    """
 
     @staticmethod
     def Apply(request,

@@ -27,32 +27,44 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DiffStub:
+    """Layers into directories and back."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DiffAsyncStub: ...
     Apply: _grpc.UnaryUnaryMultiCallable[_diff_pb2.ApplyRequest, _diff_pb2.ApplyResponse]
+    """Unpack a blob onto what the mounts show; the answer describes the unpacked layer."""
     Diff: _grpc.UnaryUnaryMultiCallable[_diff_pb2.DiffRequest, _diff_pb2.DiffResponse]
+    """Pack what `right` changed of `left` into a layer."""
 
 @_typing.type_check_only
 class DiffAsyncStub(DiffStub):
+    """Layers into directories and back."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Apply: _aio.UnaryUnaryMultiCallable[_diff_pb2.ApplyRequest, _diff_pb2.ApplyResponse]  # type: ignore[assignment]
+    """Unpack a blob onto what the mounts show; the answer describes the unpacked layer."""
     Diff: _aio.UnaryUnaryMultiCallable[_diff_pb2.DiffRequest, _diff_pb2.DiffResponse]  # type: ignore[assignment]
+    """Pack what `right` changed of `left` into a layer."""
 
 class DiffServicer(metaclass=_abc_1.ABCMeta):
+    """Layers into directories and back."""
+
     @_abc_1.abstractmethod
     def Apply(
         self,
         request: _diff_pb2.ApplyRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_diff_pb2.ApplyResponse, _abc.Awaitable[_diff_pb2.ApplyResponse]]: ...
+    ) -> _typing.Union[_diff_pb2.ApplyResponse, _abc.Awaitable[_diff_pb2.ApplyResponse]]:
+        """Unpack a blob onto what the mounts show; the answer describes the unpacked layer."""
 
     @_abc_1.abstractmethod
     def Diff(
         self,
         request: _diff_pb2.DiffRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_diff_pb2.DiffResponse, _abc.Awaitable[_diff_pb2.DiffResponse]]: ...
+    ) -> _typing.Union[_diff_pb2.DiffResponse, _abc.Awaitable[_diff_pb2.DiffResponse]]:
+        """Pack what `right` changed of `left` into a layer."""
 
 def add_DiffServicer_to_server(servicer: DiffServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,6 +27,7 @@ class PublishRequest(_message.Message):
     TOPIC_FIELD_NUMBER: _builtins.int
     EVENT_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
+    """A path such as /tasks/exit."""
     @_builtins.property
     def event(self) -> _any_pb2.Any: ...
     def __init__(

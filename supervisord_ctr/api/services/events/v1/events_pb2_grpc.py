@@ -28,7 +28,8 @@ if _version_not_supported:
 
 
 class EventsStub:
-    """Missing associated documentation comment in .proto file."""
+    """What happens, for whoever wants to know.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -54,22 +55,26 @@ class EventsStub:
 
 
 class EventsServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What happens, for whoever wants to know.
+    """
 
     def Publish(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Send an event from the caller's namespace.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Pass an event on as it is, time and namespace included.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Subscribe(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Every event from now on that matches any of the filters. A client that reads too slowly is cut off.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -101,7 +106,8 @@ def add_EventsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Events:
-    """Missing associated documentation comment in .proto file."""
+    """What happens, for whoever wants to know.
+    """
 
     @staticmethod
     def Publish(request,

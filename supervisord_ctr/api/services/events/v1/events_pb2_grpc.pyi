@@ -29,41 +29,56 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EventsStub:
+    """What happens, for whoever wants to know."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EventsAsyncStub: ...
     Publish: _grpc.UnaryUnaryMultiCallable[_events_pb2.PublishRequest, _empty_pb2.Empty]
+    """Send an event from the caller's namespace."""
     Forward: _grpc.UnaryUnaryMultiCallable[_events_pb2.ForwardRequest, _empty_pb2.Empty]
+    """Pass an event on as it is, time and namespace included."""
     Subscribe: _grpc.UnaryStreamMultiCallable[_events_pb2.SubscribeRequest, _types_pb2.Envelope]
+    """Every event from now on that matches any of the filters. A client that reads too slowly is cut off."""
 
 @_typing.type_check_only
 class EventsAsyncStub(EventsStub):
+    """What happens, for whoever wants to know."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Publish: _aio.UnaryUnaryMultiCallable[_events_pb2.PublishRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Send an event from the caller's namespace."""
     Forward: _aio.UnaryUnaryMultiCallable[_events_pb2.ForwardRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Pass an event on as it is, time and namespace included."""
     Subscribe: _aio.UnaryStreamMultiCallable[_events_pb2.SubscribeRequest, _types_pb2.Envelope]  # type: ignore[assignment]
+    """Every event from now on that matches any of the filters. A client that reads too slowly is cut off."""
 
 class EventsServicer(metaclass=_abc_1.ABCMeta):
+    """What happens, for whoever wants to know."""
+
     @_abc_1.abstractmethod
     def Publish(
         self,
         request: _events_pb2.PublishRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Send an event from the caller's namespace."""
 
     @_abc_1.abstractmethod
     def Forward(
         self,
         request: _events_pb2.ForwardRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Pass an event on as it is, time and namespace included."""
 
     @_abc_1.abstractmethod
     def Subscribe(
         self,
         request: _events_pb2.SubscribeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_types_pb2.Envelope], _abc.AsyncIterator[_types_pb2.Envelope]]: ...
+    ) -> _typing.Union[_abc.Iterator[_types_pb2.Envelope], _abc.AsyncIterator[_types_pb2.Envelope]]:
+        """Every event from now on that matches any of the filters. A client that reads too slowly is cut off."""
 
 def add_EventsServicer_to_server(servicer: EventsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

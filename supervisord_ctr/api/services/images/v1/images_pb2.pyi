@@ -23,6 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Image(_message.Message):
+    """One name."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -54,7 +56,9 @@ class Image(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def target(self) -> _types_pb2.Descriptor: ...
+    def target(self) -> _types_pb2.Descriptor:
+        """The manifest or index that it names."""
+
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -124,7 +128,9 @@ class CreateImageRequest(_message.Message):
     @_builtins.property
     def image(self) -> Global___Image: ...
     @_builtins.property
-    def source_date_epoch(self) -> _timestamp_pb2.Timestamp: ...
+    def source_date_epoch(self) -> _timestamp_pb2.Timestamp:
+        """Time to note instead of now."""
+
     def __init__(
         self,
         *,
@@ -256,6 +262,7 @@ class DeleteImageRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     sync: _builtins.bool
+    """Return only when the garbage is collected."""
     @_builtins.property
     def target(self) -> _types_pb2.Descriptor: ...
     def __init__(
@@ -277,6 +284,8 @@ Global___DeleteImageRequest: _TypeAlias = DeleteImageRequest  # noqa: Y015
 
 @_typing.final
 class ImageCreate(_message.Message):
+    """Event: a name was made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -320,6 +329,8 @@ Global___ImageCreate: _TypeAlias = ImageCreate  # noqa: Y015
 
 @_typing.final
 class ImageUpdate(_message.Message):
+    """Event: a name changed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -363,6 +374,8 @@ Global___ImageUpdate: _TypeAlias = ImageUpdate  # noqa: Y015
 
 @_typing.final
 class ImageDelete(_message.Message):
+    """Event: a name is gone."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int

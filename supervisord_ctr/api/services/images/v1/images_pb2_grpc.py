@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class ImagesStub:
-    """Missing associated documentation comment in .proto file."""
+    """Names for images: each points at a manifest or an index in the content store.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -63,34 +64,40 @@ class ImagesStub:
 
 
 class ImagesServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Names for images: each points at a manifest or an index in the content store.
+    """
 
     def Get(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One image.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Images that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Create(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Name an image; what it refers to is kept from then on.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change target or labels of a name.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Forget a name.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -132,7 +139,8 @@ def add_ImagesServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Images:
-    """Missing associated documentation comment in .proto file."""
+    """Names for images: each points at a manifest or an index in the content store.
+    """
 
     @staticmethod
     def Get(request,

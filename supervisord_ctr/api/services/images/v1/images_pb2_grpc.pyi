@@ -28,59 +28,80 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ImagesStub:
+    """Names for images: each points at a manifest or an index in the content store."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImagesAsyncStub: ...
     Get: _grpc.UnaryUnaryMultiCallable[_images_pb2.GetImageRequest, _images_pb2.GetImageResponse]
+    """One image."""
     List: _grpc.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]
+    """Images that match any of the filters."""
     Create: _grpc.UnaryUnaryMultiCallable[_images_pb2.CreateImageRequest, _images_pb2.CreateImageResponse]
+    """Name an image; what it refers to is kept from then on."""
     Update: _grpc.UnaryUnaryMultiCallable[_images_pb2.UpdateImageRequest, _images_pb2.UpdateImageResponse]
+    """Change target or labels of a name."""
     Delete: _grpc.UnaryUnaryMultiCallable[_images_pb2.DeleteImageRequest, _empty_pb2.Empty]
+    """Forget a name."""
 
 @_typing.type_check_only
 class ImagesAsyncStub(ImagesStub):
+    """Names for images: each points at a manifest or an index in the content store."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Get: _aio.UnaryUnaryMultiCallable[_images_pb2.GetImageRequest, _images_pb2.GetImageResponse]  # type: ignore[assignment]
+    """One image."""
     List: _aio.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]  # type: ignore[assignment]
+    """Images that match any of the filters."""
     Create: _aio.UnaryUnaryMultiCallable[_images_pb2.CreateImageRequest, _images_pb2.CreateImageResponse]  # type: ignore[assignment]
+    """Name an image; what it refers to is kept from then on."""
     Update: _aio.UnaryUnaryMultiCallable[_images_pb2.UpdateImageRequest, _images_pb2.UpdateImageResponse]  # type: ignore[assignment]
+    """Change target or labels of a name."""
     Delete: _aio.UnaryUnaryMultiCallable[_images_pb2.DeleteImageRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Forget a name."""
 
 class ImagesServicer(metaclass=_abc_1.ABCMeta):
+    """Names for images: each points at a manifest or an index in the content store."""
+
     @_abc_1.abstractmethod
     def Get(
         self,
         request: _images_pb2.GetImageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_images_pb2.GetImageResponse, _abc.Awaitable[_images_pb2.GetImageResponse]]: ...
+    ) -> _typing.Union[_images_pb2.GetImageResponse, _abc.Awaitable[_images_pb2.GetImageResponse]]:
+        """One image."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _images_pb2.ListImagesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_images_pb2.ListImagesResponse, _abc.Awaitable[_images_pb2.ListImagesResponse]]: ...
+    ) -> _typing.Union[_images_pb2.ListImagesResponse, _abc.Awaitable[_images_pb2.ListImagesResponse]]:
+        """Images that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _images_pb2.CreateImageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_images_pb2.CreateImageResponse, _abc.Awaitable[_images_pb2.CreateImageResponse]]: ...
+    ) -> _typing.Union[_images_pb2.CreateImageResponse, _abc.Awaitable[_images_pb2.CreateImageResponse]]:
+        """Name an image; what it refers to is kept from then on."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _images_pb2.UpdateImageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_images_pb2.UpdateImageResponse, _abc.Awaitable[_images_pb2.UpdateImageResponse]]: ...
+    ) -> _typing.Union[_images_pb2.UpdateImageResponse, _abc.Awaitable[_images_pb2.UpdateImageResponse]]:
+        """Change target or labels of a name."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _images_pb2.DeleteImageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Forget a name."""
 
 def add_ImagesServicer_to_server(servicer: ImagesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

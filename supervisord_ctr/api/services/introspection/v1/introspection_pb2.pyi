@@ -24,6 +24,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Plugin(_message.Message):
+    """A part of the daemon, as containerd's clients know them."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -62,9 +64,13 @@ class Plugin(_message.Message):
     @_builtins.property
     def exports(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it can do, in words of its own."""
+
     @_builtins.property
-    def init_err(self) -> _status_pb2.Status: ...
+    def init_err(self) -> _status_pb2.Status:
+        """Why it does not work; a part without it works."""
+
     def __init__(
         self,
         *,
@@ -133,10 +139,14 @@ class ServerResponse(_message.Message):
     PIDNS_FIELD_NUMBER: _builtins.int
     DEPRECATIONS_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
+    """The same after every restart on this root."""
     pid: _builtins.int
     pidns: _builtins.int
+    """Inode of the daemon's pid namespace."""
     @_builtins.property
-    def deprecations(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeprecationWarning]: ...
+    def deprecations(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeprecationWarning]:
+        """Uses of what will go away."""
+
     def __init__(
         self,
         *,
@@ -155,6 +165,8 @@ Global___ServerResponse: _TypeAlias = ServerResponse  # noqa: Y015
 
 @_typing.final
 class DeprecationWarning(_message.Message):
+    """A use of something that will go away."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int

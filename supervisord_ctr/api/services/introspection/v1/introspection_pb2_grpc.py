@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class IntrospectionStub:
-    """Missing associated documentation comment in .proto file."""
+    """What this daemon is made of.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -53,22 +54,26 @@ class IntrospectionStub:
 
 
 class IntrospectionServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What this daemon is made of.
+    """
 
     def Plugins(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Parts that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Server(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Identity of the daemon.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PluginInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """More of one part; for a runtime, what it can do.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -100,7 +105,8 @@ def add_IntrospectionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Introspection:
-    """Missing associated documentation comment in .proto file."""
+    """What this daemon is made of.
+    """
 
     @staticmethod
     def Plugins(request,

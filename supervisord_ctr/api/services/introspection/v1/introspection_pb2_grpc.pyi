@@ -28,41 +28,56 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IntrospectionStub:
+    """What this daemon is made of."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> IntrospectionAsyncStub: ...
     Plugins: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.PluginsRequest, _introspection_pb2.PluginsResponse]
+    """Parts that match any of the filters."""
     Server: _grpc.UnaryUnaryMultiCallable[_empty_pb2.Empty, _introspection_pb2.ServerResponse]
+    """Identity of the daemon."""
     PluginInfo: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.PluginInfoRequest, _introspection_pb2.PluginInfoResponse]
+    """More of one part; for a runtime, what it can do."""
 
 @_typing.type_check_only
 class IntrospectionAsyncStub(IntrospectionStub):
+    """What this daemon is made of."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Plugins: _aio.UnaryUnaryMultiCallable[_introspection_pb2.PluginsRequest, _introspection_pb2.PluginsResponse]  # type: ignore[assignment]
+    """Parts that match any of the filters."""
     Server: _aio.UnaryUnaryMultiCallable[_empty_pb2.Empty, _introspection_pb2.ServerResponse]  # type: ignore[assignment]
+    """Identity of the daemon."""
     PluginInfo: _aio.UnaryUnaryMultiCallable[_introspection_pb2.PluginInfoRequest, _introspection_pb2.PluginInfoResponse]  # type: ignore[assignment]
+    """More of one part; for a runtime, what it can do."""
 
 class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
+    """What this daemon is made of."""
+
     @_abc_1.abstractmethod
     def Plugins(
         self,
         request: _introspection_pb2.PluginsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_introspection_pb2.PluginsResponse, _abc.Awaitable[_introspection_pb2.PluginsResponse]]: ...
+    ) -> _typing.Union[_introspection_pb2.PluginsResponse, _abc.Awaitable[_introspection_pb2.PluginsResponse]]:
+        """Parts that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Server(
         self,
         request: _empty_pb2.Empty,
         context: _ServicerContext,
-    ) -> _typing.Union[_introspection_pb2.ServerResponse, _abc.Awaitable[_introspection_pb2.ServerResponse]]: ...
+    ) -> _typing.Union[_introspection_pb2.ServerResponse, _abc.Awaitable[_introspection_pb2.ServerResponse]]:
+        """Identity of the daemon."""
 
     @_abc_1.abstractmethod
     def PluginInfo(
         self,
         request: _introspection_pb2.PluginInfoRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_introspection_pb2.PluginInfoResponse, _abc.Awaitable[_introspection_pb2.PluginInfoResponse]]: ...
+    ) -> _typing.Union[_introspection_pb2.PluginInfoResponse, _abc.Awaitable[_introspection_pb2.PluginInfoResponse]]:
+        """More of one part; for a runtime, what it can do."""
 
 def add_IntrospectionServicer_to_server(servicer: IntrospectionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,6 +21,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Lease(_message.Message):
+    """One lease."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -50,7 +52,9 @@ class Lease(_message.Message):
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """`containerd.io/gc.expire` is the time after which it ends by itself."""
+
     def __init__(
         self,
         *,
@@ -93,6 +97,7 @@ class CreateRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """Empty lets the daemon choose."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -137,6 +142,7 @@ class DeleteRequest(_message.Message):
     SYNC_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     sync: _builtins.bool
+    """Return only when the garbage is collected."""
     def __init__(
         self,
         *,
@@ -193,12 +199,15 @@ Global___ListResponse: _TypeAlias = ListResponse  # noqa: Y015
 
 @_typing.final
 class Resource(_message.Message):
+    """Something that can be kept."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     type: _builtins.str
+    """`content`, `ingests` or `snapshots/NAME`."""
     def __init__(
         self,
         *,

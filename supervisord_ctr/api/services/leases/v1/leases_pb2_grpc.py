@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class LeasesStub:
-    """Missing associated documentation comment in .proto file."""
+    """What keeps unfinished work from the garbage collector.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -68,40 +69,47 @@ class LeasesStub:
 
 
 class LeasesServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What keeps unfinished work from the garbage collector.
+    """
 
     def Create(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Make a lease; calls that name it in their header put what they make under it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """End a lease; what only it kept is garbage.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Leases that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AddResource(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Put something that exists under a lease.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteResource(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Take something out of a lease.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListResources(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What is under a lease.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -148,7 +156,8 @@ def add_LeasesServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Leases:
-    """Missing associated documentation comment in .proto file."""
+    """What keeps unfinished work from the garbage collector.
+    """
 
     @staticmethod
     def Create(request,

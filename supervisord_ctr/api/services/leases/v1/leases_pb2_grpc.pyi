@@ -28,68 +28,92 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LeasesStub:
+    """What keeps unfinished work from the garbage collector."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LeasesAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_leases_pb2.CreateRequest, _leases_pb2.CreateResponse]
+    """Make a lease; calls that name it in their header put what they make under it."""
     Delete: _grpc.UnaryUnaryMultiCallable[_leases_pb2.DeleteRequest, _empty_pb2.Empty]
+    """End a lease; what only it kept is garbage."""
     List: _grpc.UnaryUnaryMultiCallable[_leases_pb2.ListRequest, _leases_pb2.ListResponse]
+    """Leases that match any of the filters."""
     AddResource: _grpc.UnaryUnaryMultiCallable[_leases_pb2.AddResourceRequest, _empty_pb2.Empty]
+    """Put something that exists under a lease."""
     DeleteResource: _grpc.UnaryUnaryMultiCallable[_leases_pb2.DeleteResourceRequest, _empty_pb2.Empty]
+    """Take something out of a lease."""
     ListResources: _grpc.UnaryUnaryMultiCallable[_leases_pb2.ListResourcesRequest, _leases_pb2.ListResourcesResponse]
+    """What is under a lease."""
 
 @_typing.type_check_only
 class LeasesAsyncStub(LeasesStub):
+    """What keeps unfinished work from the garbage collector."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_leases_pb2.CreateRequest, _leases_pb2.CreateResponse]  # type: ignore[assignment]
+    """Make a lease; calls that name it in their header put what they make under it."""
     Delete: _aio.UnaryUnaryMultiCallable[_leases_pb2.DeleteRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """End a lease; what only it kept is garbage."""
     List: _aio.UnaryUnaryMultiCallable[_leases_pb2.ListRequest, _leases_pb2.ListResponse]  # type: ignore[assignment]
+    """Leases that match any of the filters."""
     AddResource: _aio.UnaryUnaryMultiCallable[_leases_pb2.AddResourceRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Put something that exists under a lease."""
     DeleteResource: _aio.UnaryUnaryMultiCallable[_leases_pb2.DeleteResourceRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Take something out of a lease."""
     ListResources: _aio.UnaryUnaryMultiCallable[_leases_pb2.ListResourcesRequest, _leases_pb2.ListResourcesResponse]  # type: ignore[assignment]
+    """What is under a lease."""
 
 class LeasesServicer(metaclass=_abc_1.ABCMeta):
+    """What keeps unfinished work from the garbage collector."""
+
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _leases_pb2.CreateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_leases_pb2.CreateResponse, _abc.Awaitable[_leases_pb2.CreateResponse]]: ...
+    ) -> _typing.Union[_leases_pb2.CreateResponse, _abc.Awaitable[_leases_pb2.CreateResponse]]:
+        """Make a lease; calls that name it in their header put what they make under it."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _leases_pb2.DeleteRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """End a lease; what only it kept is garbage."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _leases_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_leases_pb2.ListResponse, _abc.Awaitable[_leases_pb2.ListResponse]]: ...
+    ) -> _typing.Union[_leases_pb2.ListResponse, _abc.Awaitable[_leases_pb2.ListResponse]]:
+        """Leases that match any of the filters."""
 
     @_abc_1.abstractmethod
     def AddResource(
         self,
         request: _leases_pb2.AddResourceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Put something that exists under a lease."""
 
     @_abc_1.abstractmethod
     def DeleteResource(
         self,
         request: _leases_pb2.DeleteResourceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Take something out of a lease."""
 
     @_abc_1.abstractmethod
     def ListResources(
         self,
         request: _leases_pb2.ListResourcesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_leases_pb2.ListResourcesResponse, _abc.Awaitable[_leases_pb2.ListResourcesResponse]]: ...
+    ) -> _typing.Union[_leases_pb2.ListResourcesResponse, _abc.Awaitable[_leases_pb2.ListResourcesResponse]]:
+        """What is under a lease."""
 
 def add_LeasesServicer_to_server(servicer: LeasesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

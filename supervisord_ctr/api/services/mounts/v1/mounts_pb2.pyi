@@ -50,6 +50,7 @@ class ActivateRequest(_message.Message):
     TEMPORARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     temporary: _builtins.bool
+    """Undone when the lease of the call ends."""
     @_builtins.property
     def mounts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
     @_builtins.property

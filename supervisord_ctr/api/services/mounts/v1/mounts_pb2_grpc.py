@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class MountsStub:
-    """Missing associated documentation comment in .proto file."""
+    """Mounts that the daemon holds for clients, so that they need not mount themselves.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -63,34 +64,40 @@ class MountsStub:
 
 
 class MountsServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Mounts that the daemon holds for clients, so that they need not mount themselves.
+    """
 
     def Activate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Do what must be done for the mounts to be usable; the answer says what the client still mounts.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Deactivate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Undo an activation.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Info(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One activation.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change an activation's labels.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Activations that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -132,7 +139,8 @@ def add_MountsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Mounts:
-    """Missing associated documentation comment in .proto file."""
+    """Mounts that the daemon holds for clients, so that they need not mount themselves.
+    """
 
     @staticmethod
     def Activate(request,

@@ -28,59 +28,80 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MountsStub:
+    """Mounts that the daemon holds for clients, so that they need not mount themselves."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MountsAsyncStub: ...
     Activate: _grpc.UnaryUnaryMultiCallable[_mounts_pb2.ActivateRequest, _mounts_pb2.ActivateResponse]
+    """Do what must be done for the mounts to be usable; the answer says what the client still mounts."""
     Deactivate: _grpc.UnaryUnaryMultiCallable[_mounts_pb2.DeactivateRequest, _empty_pb2.Empty]
+    """Undo an activation."""
     Info: _grpc.UnaryUnaryMultiCallable[_mounts_pb2.InfoRequest, _mounts_pb2.InfoResponse]
+    """One activation."""
     Update: _grpc.UnaryUnaryMultiCallable[_mounts_pb2.UpdateRequest, _mounts_pb2.UpdateResponse]
+    """Change an activation's labels."""
     List: _grpc.UnaryStreamMultiCallable[_mounts_pb2.ListRequest, _mounts_pb2.ListMessage]
+    """Activations that match any of the filters."""
 
 @_typing.type_check_only
 class MountsAsyncStub(MountsStub):
+    """Mounts that the daemon holds for clients, so that they need not mount themselves."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Activate: _aio.UnaryUnaryMultiCallable[_mounts_pb2.ActivateRequest, _mounts_pb2.ActivateResponse]  # type: ignore[assignment]
+    """Do what must be done for the mounts to be usable; the answer says what the client still mounts."""
     Deactivate: _aio.UnaryUnaryMultiCallable[_mounts_pb2.DeactivateRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Undo an activation."""
     Info: _aio.UnaryUnaryMultiCallable[_mounts_pb2.InfoRequest, _mounts_pb2.InfoResponse]  # type: ignore[assignment]
+    """One activation."""
     Update: _aio.UnaryUnaryMultiCallable[_mounts_pb2.UpdateRequest, _mounts_pb2.UpdateResponse]  # type: ignore[assignment]
+    """Change an activation's labels."""
     List: _aio.UnaryStreamMultiCallable[_mounts_pb2.ListRequest, _mounts_pb2.ListMessage]  # type: ignore[assignment]
+    """Activations that match any of the filters."""
 
 class MountsServicer(metaclass=_abc_1.ABCMeta):
+    """Mounts that the daemon holds for clients, so that they need not mount themselves."""
+
     @_abc_1.abstractmethod
     def Activate(
         self,
         request: _mounts_pb2.ActivateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_mounts_pb2.ActivateResponse, _abc.Awaitable[_mounts_pb2.ActivateResponse]]: ...
+    ) -> _typing.Union[_mounts_pb2.ActivateResponse, _abc.Awaitable[_mounts_pb2.ActivateResponse]]:
+        """Do what must be done for the mounts to be usable; the answer says what the client still mounts."""
 
     @_abc_1.abstractmethod
     def Deactivate(
         self,
         request: _mounts_pb2.DeactivateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Undo an activation."""
 
     @_abc_1.abstractmethod
     def Info(
         self,
         request: _mounts_pb2.InfoRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_mounts_pb2.InfoResponse, _abc.Awaitable[_mounts_pb2.InfoResponse]]: ...
+    ) -> _typing.Union[_mounts_pb2.InfoResponse, _abc.Awaitable[_mounts_pb2.InfoResponse]]:
+        """One activation."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _mounts_pb2.UpdateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_mounts_pb2.UpdateResponse, _abc.Awaitable[_mounts_pb2.UpdateResponse]]: ...
+    ) -> _typing.Union[_mounts_pb2.UpdateResponse, _abc.Awaitable[_mounts_pb2.UpdateResponse]]:
+        """Change an activation's labels."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _mounts_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_mounts_pb2.ListMessage], _abc.AsyncIterator[_mounts_pb2.ListMessage]]: ...
+    ) -> _typing.Union[_abc.Iterator[_mounts_pb2.ListMessage], _abc.AsyncIterator[_mounts_pb2.ListMessage]]:
+        """Activations that match any of the filters."""
 
 def add_MountsServicer_to_server(servicer: MountsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,6 +21,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Namespace(_message.Message):
+    """One namespace."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -47,7 +49,9 @@ class Namespace(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """`containerd.io/defaults/snapshotter` and `…/runtime` choose for clients that say nothing."""
+
     def __init__(
         self,
         *,

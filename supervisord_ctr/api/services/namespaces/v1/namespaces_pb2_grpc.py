@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class NamespacesStub:
-    """Missing associated documentation comment in .proto file."""
+    """Tenancy: every record is in one namespace, and names only need to be unique there.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -63,34 +64,40 @@ class NamespacesStub:
 
 
 class NamespacesServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Tenancy: every record is in one namespace, and names only need to be unique there.
+    """
 
     def Get(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One namespace.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """All of them.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Create(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Make one; using one that is not there makes it, too.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change labels.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Remove one that is empty; FAILED_PRECONDITION otherwise.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -132,7 +139,8 @@ def add_NamespacesServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Namespaces:
-    """Missing associated documentation comment in .proto file."""
+    """Tenancy: every record is in one namespace, and names only need to be unique there.
+    """
 
     @staticmethod
     def Get(request,

@@ -28,59 +28,80 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class NamespacesStub:
+    """Tenancy: every record is in one namespace, and names only need to be unique there."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> NamespacesAsyncStub: ...
     Get: _grpc.UnaryUnaryMultiCallable[_namespaces_pb2.GetNamespaceRequest, _namespaces_pb2.GetNamespaceResponse]
+    """One namespace."""
     List: _grpc.UnaryUnaryMultiCallable[_namespaces_pb2.ListNamespacesRequest, _namespaces_pb2.ListNamespacesResponse]
+    """All of them."""
     Create: _grpc.UnaryUnaryMultiCallable[_namespaces_pb2.CreateNamespaceRequest, _namespaces_pb2.CreateNamespaceResponse]
+    """Make one; using one that is not there makes it, too."""
     Update: _grpc.UnaryUnaryMultiCallable[_namespaces_pb2.UpdateNamespaceRequest, _namespaces_pb2.UpdateNamespaceResponse]
+    """Change labels."""
     Delete: _grpc.UnaryUnaryMultiCallable[_namespaces_pb2.DeleteNamespaceRequest, _empty_pb2.Empty]
+    """Remove one that is empty; FAILED_PRECONDITION otherwise."""
 
 @_typing.type_check_only
 class NamespacesAsyncStub(NamespacesStub):
+    """Tenancy: every record is in one namespace, and names only need to be unique there."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Get: _aio.UnaryUnaryMultiCallable[_namespaces_pb2.GetNamespaceRequest, _namespaces_pb2.GetNamespaceResponse]  # type: ignore[assignment]
+    """One namespace."""
     List: _aio.UnaryUnaryMultiCallable[_namespaces_pb2.ListNamespacesRequest, _namespaces_pb2.ListNamespacesResponse]  # type: ignore[assignment]
+    """All of them."""
     Create: _aio.UnaryUnaryMultiCallable[_namespaces_pb2.CreateNamespaceRequest, _namespaces_pb2.CreateNamespaceResponse]  # type: ignore[assignment]
+    """Make one; using one that is not there makes it, too."""
     Update: _aio.UnaryUnaryMultiCallable[_namespaces_pb2.UpdateNamespaceRequest, _namespaces_pb2.UpdateNamespaceResponse]  # type: ignore[assignment]
+    """Change labels."""
     Delete: _aio.UnaryUnaryMultiCallable[_namespaces_pb2.DeleteNamespaceRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Remove one that is empty; FAILED_PRECONDITION otherwise."""
 
 class NamespacesServicer(metaclass=_abc_1.ABCMeta):
+    """Tenancy: every record is in one namespace, and names only need to be unique there."""
+
     @_abc_1.abstractmethod
     def Get(
         self,
         request: _namespaces_pb2.GetNamespaceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_namespaces_pb2.GetNamespaceResponse, _abc.Awaitable[_namespaces_pb2.GetNamespaceResponse]]: ...
+    ) -> _typing.Union[_namespaces_pb2.GetNamespaceResponse, _abc.Awaitable[_namespaces_pb2.GetNamespaceResponse]]:
+        """One namespace."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _namespaces_pb2.ListNamespacesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_namespaces_pb2.ListNamespacesResponse, _abc.Awaitable[_namespaces_pb2.ListNamespacesResponse]]: ...
+    ) -> _typing.Union[_namespaces_pb2.ListNamespacesResponse, _abc.Awaitable[_namespaces_pb2.ListNamespacesResponse]]:
+        """All of them."""
 
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _namespaces_pb2.CreateNamespaceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_namespaces_pb2.CreateNamespaceResponse, _abc.Awaitable[_namespaces_pb2.CreateNamespaceResponse]]: ...
+    ) -> _typing.Union[_namespaces_pb2.CreateNamespaceResponse, _abc.Awaitable[_namespaces_pb2.CreateNamespaceResponse]]:
+        """Make one; using one that is not there makes it, too."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _namespaces_pb2.UpdateNamespaceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_namespaces_pb2.UpdateNamespaceResponse, _abc.Awaitable[_namespaces_pb2.UpdateNamespaceResponse]]: ...
+    ) -> _typing.Union[_namespaces_pb2.UpdateNamespaceResponse, _abc.Awaitable[_namespaces_pb2.UpdateNamespaceResponse]]:
+        """Change labels."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _namespaces_pb2.DeleteNamespaceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Remove one that is empty; FAILED_PRECONDITION otherwise."""
 
 def add_NamespacesServicer_to_server(servicer: NamespacesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

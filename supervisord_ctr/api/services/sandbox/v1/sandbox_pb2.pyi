@@ -251,6 +251,7 @@ class ControllerCreateRequest(_message.Message):
     SANDBOXER_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     netns_path: _builtins.str
+    """A network namespace that exists already."""
     sandboxer: _builtins.str
     @_builtins.property
     def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
@@ -354,6 +355,7 @@ class ControllerStartResponse(_message.Message):
     sandbox_id: _builtins.str
     pid: _builtins.int
     address: _builtins.str
+    """Where its task service listens, for containers that run in it."""
     version: _builtins.int
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
@@ -431,6 +433,7 @@ class ControllerStopRequest(_message.Message):
     SANDBOXER_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     timeout_secs: _builtins.int
+    """Grace before SIGKILL."""
     sandboxer: _builtins.str
     def __init__(
         self,

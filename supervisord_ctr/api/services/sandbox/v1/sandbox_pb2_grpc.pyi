@@ -27,153 +27,207 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StoreStub:
+    """Records of sandboxes."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StoreAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StoreCreateRequest, _sandbox_pb2.StoreCreateResponse]
+    """Make a record."""
     Update: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StoreUpdateRequest, _sandbox_pb2.StoreUpdateResponse]
+    """Change the fields named."""
     Delete: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StoreDeleteRequest, _sandbox_pb2.StoreDeleteResponse]
+    """Remove a record."""
     List: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StoreListRequest, _sandbox_pb2.StoreListResponse]
+    """Records that match any of the filters."""
     Get: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StoreGetRequest, _sandbox_pb2.StoreGetResponse]
+    """One record."""
 
 @_typing.type_check_only
 class StoreAsyncStub(StoreStub):
+    """Records of sandboxes."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StoreCreateRequest, _sandbox_pb2.StoreCreateResponse]  # type: ignore[assignment]
+    """Make a record."""
     Update: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StoreUpdateRequest, _sandbox_pb2.StoreUpdateResponse]  # type: ignore[assignment]
+    """Change the fields named."""
     Delete: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StoreDeleteRequest, _sandbox_pb2.StoreDeleteResponse]  # type: ignore[assignment]
+    """Remove a record."""
     List: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StoreListRequest, _sandbox_pb2.StoreListResponse]  # type: ignore[assignment]
+    """Records that match any of the filters."""
     Get: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StoreGetRequest, _sandbox_pb2.StoreGetResponse]  # type: ignore[assignment]
+    """One record."""
 
 class StoreServicer(metaclass=_abc_1.ABCMeta):
+    """Records of sandboxes."""
+
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _sandbox_pb2.StoreCreateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StoreCreateResponse, _abc.Awaitable[_sandbox_pb2.StoreCreateResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StoreCreateResponse, _abc.Awaitable[_sandbox_pb2.StoreCreateResponse]]:
+        """Make a record."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _sandbox_pb2.StoreUpdateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StoreUpdateResponse, _abc.Awaitable[_sandbox_pb2.StoreUpdateResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StoreUpdateResponse, _abc.Awaitable[_sandbox_pb2.StoreUpdateResponse]]:
+        """Change the fields named."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _sandbox_pb2.StoreDeleteRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StoreDeleteResponse, _abc.Awaitable[_sandbox_pb2.StoreDeleteResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StoreDeleteResponse, _abc.Awaitable[_sandbox_pb2.StoreDeleteResponse]]:
+        """Remove a record."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _sandbox_pb2.StoreListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StoreListResponse, _abc.Awaitable[_sandbox_pb2.StoreListResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StoreListResponse, _abc.Awaitable[_sandbox_pb2.StoreListResponse]]:
+        """Records that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Get(
         self,
         request: _sandbox_pb2.StoreGetRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.StoreGetResponse, _abc.Awaitable[_sandbox_pb2.StoreGetResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.StoreGetResponse, _abc.Awaitable[_sandbox_pb2.StoreGetResponse]]:
+        """One record."""
 
 def add_StoreServicer_to_server(servicer: StoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ControllerStub:
+    """Sandboxes that run. `sandboxer` names who keeps them: podsandbox, or shim."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControllerAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerCreateRequest, _sandbox_pb2.ControllerCreateResponse]
+    """Prepare a sandbox."""
     Start: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerStartRequest, _sandbox_pb2.ControllerStartResponse]
+    """Bring it up."""
     Platform: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerPlatformRequest, _sandbox_pb2.ControllerPlatformResponse]
+    """What it can run."""
     Stop: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerStopRequest, _sandbox_pb2.ControllerStopResponse]
+    """End it and what is in it."""
     Wait: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerWaitRequest, _sandbox_pb2.ControllerWaitResponse]
+    """Return when it has ended."""
     Status: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerStatusRequest, _sandbox_pb2.ControllerStatusResponse]
+    """What it is and does."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerShutdownRequest, _sandbox_pb2.ControllerShutdownResponse]
+    """Give back everything of it."""
     Metrics: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerMetricsRequest, _sandbox_pb2.ControllerMetricsResponse]
+    """Use of resources."""
     Update: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerUpdateRequest, _sandbox_pb2.ControllerUpdateResponse]
+    """Change it while it runs."""
 
 @_typing.type_check_only
 class ControllerAsyncStub(ControllerStub):
+    """Sandboxes that run. `sandboxer` names who keeps them: podsandbox, or shim."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerCreateRequest, _sandbox_pb2.ControllerCreateResponse]  # type: ignore[assignment]
+    """Prepare a sandbox."""
     Start: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerStartRequest, _sandbox_pb2.ControllerStartResponse]  # type: ignore[assignment]
+    """Bring it up."""
     Platform: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerPlatformRequest, _sandbox_pb2.ControllerPlatformResponse]  # type: ignore[assignment]
+    """What it can run."""
     Stop: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerStopRequest, _sandbox_pb2.ControllerStopResponse]  # type: ignore[assignment]
+    """End it and what is in it."""
     Wait: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerWaitRequest, _sandbox_pb2.ControllerWaitResponse]  # type: ignore[assignment]
+    """Return when it has ended."""
     Status: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerStatusRequest, _sandbox_pb2.ControllerStatusResponse]  # type: ignore[assignment]
+    """What it is and does."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerShutdownRequest, _sandbox_pb2.ControllerShutdownResponse]  # type: ignore[assignment]
+    """Give back everything of it."""
     Metrics: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerMetricsRequest, _sandbox_pb2.ControllerMetricsResponse]  # type: ignore[assignment]
+    """Use of resources."""
     Update: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ControllerUpdateRequest, _sandbox_pb2.ControllerUpdateResponse]  # type: ignore[assignment]
+    """Change it while it runs."""
 
 class ControllerServicer(metaclass=_abc_1.ABCMeta):
+    """Sandboxes that run. `sandboxer` names who keeps them: podsandbox, or shim."""
+
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _sandbox_pb2.ControllerCreateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerCreateResponse, _abc.Awaitable[_sandbox_pb2.ControllerCreateResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerCreateResponse, _abc.Awaitable[_sandbox_pb2.ControllerCreateResponse]]:
+        """Prepare a sandbox."""
 
     @_abc_1.abstractmethod
     def Start(
         self,
         request: _sandbox_pb2.ControllerStartRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerStartResponse, _abc.Awaitable[_sandbox_pb2.ControllerStartResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerStartResponse, _abc.Awaitable[_sandbox_pb2.ControllerStartResponse]]:
+        """Bring it up."""
 
     @_abc_1.abstractmethod
     def Platform(
         self,
         request: _sandbox_pb2.ControllerPlatformRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerPlatformResponse, _abc.Awaitable[_sandbox_pb2.ControllerPlatformResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerPlatformResponse, _abc.Awaitable[_sandbox_pb2.ControllerPlatformResponse]]:
+        """What it can run."""
 
     @_abc_1.abstractmethod
     def Stop(
         self,
         request: _sandbox_pb2.ControllerStopRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerStopResponse, _abc.Awaitable[_sandbox_pb2.ControllerStopResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerStopResponse, _abc.Awaitable[_sandbox_pb2.ControllerStopResponse]]:
+        """End it and what is in it."""
 
     @_abc_1.abstractmethod
     def Wait(
         self,
         request: _sandbox_pb2.ControllerWaitRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerWaitResponse, _abc.Awaitable[_sandbox_pb2.ControllerWaitResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerWaitResponse, _abc.Awaitable[_sandbox_pb2.ControllerWaitResponse]]:
+        """Return when it has ended."""
 
     @_abc_1.abstractmethod
     def Status(
         self,
         request: _sandbox_pb2.ControllerStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerStatusResponse, _abc.Awaitable[_sandbox_pb2.ControllerStatusResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerStatusResponse, _abc.Awaitable[_sandbox_pb2.ControllerStatusResponse]]:
+        """What it is and does."""
 
     @_abc_1.abstractmethod
     def Shutdown(
         self,
         request: _sandbox_pb2.ControllerShutdownRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerShutdownResponse, _abc.Awaitable[_sandbox_pb2.ControllerShutdownResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerShutdownResponse, _abc.Awaitable[_sandbox_pb2.ControllerShutdownResponse]]:
+        """Give back everything of it."""
 
     @_abc_1.abstractmethod
     def Metrics(
         self,
         request: _sandbox_pb2.ControllerMetricsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerMetricsResponse, _abc.Awaitable[_sandbox_pb2.ControllerMetricsResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerMetricsResponse, _abc.Awaitable[_sandbox_pb2.ControllerMetricsResponse]]:
+        """Use of resources."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _sandbox_pb2.ControllerUpdateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sandbox_pb2.ControllerUpdateResponse, _abc.Awaitable[_sandbox_pb2.ControllerUpdateResponse]]: ...
+    ) -> _typing.Union[_sandbox_pb2.ControllerUpdateResponse, _abc.Awaitable[_sandbox_pb2.ControllerUpdateResponse]]:
+        """Change it while it runs."""
 
 def add_ControllerServicer_to_server(servicer: ControllerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

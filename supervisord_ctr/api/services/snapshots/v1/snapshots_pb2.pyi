@@ -30,15 +30,22 @@ class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType],
     DESCRIPTOR: _descriptor.EnumDescriptor
     UNKNOWN: _Kind.ValueType  # 0
     VIEW: _Kind.ValueType  # 1
+    """Read-only, by key."""
     ACTIVE: _Kind.ValueType  # 2
+    """Writable, by key."""
     COMMITTED: _Kind.ValueType  # 3
+    """Fixed, by name; others may stand on it."""
 
-class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+    """What a snapshot is."""
 
 UNKNOWN: Kind.ValueType  # 0
 VIEW: Kind.ValueType  # 1
+"""Read-only, by key."""
 ACTIVE: Kind.ValueType  # 2
+"""Writable, by key."""
 COMMITTED: Kind.ValueType  # 3
+"""Fixed, by name; others may stand on it."""
 Global___Kind: _TypeAlias = Kind  # noqa: Y015
 
 @_typing.final
@@ -73,7 +80,9 @@ class PrepareSnapshotRequest(_message.Message):
     key: _builtins.str
     parent: _builtins.str
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """`containerd.io/snapshot.ref` names what it will be committed as: if that exists, the call says so."""
+
     def __init__(
         self,
         *,
@@ -274,8 +283,10 @@ class CommitSnapshotRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     snapshotter: _builtins.str
     name: _builtins.str
+    """What it is called from now on; by custom, the chain ID."""
     key: _builtins.str
     parent: _builtins.str
+    """For an active snapshot made without a parent: the one it belongs on."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -349,6 +360,7 @@ class Info(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     parent: _builtins.str
+    """Name of the committed snapshot below; empty for the lowest."""
     kind: Global___Kind.ValueType
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
@@ -513,6 +525,7 @@ class UsageResponse(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     INODES_FIELD_NUMBER: _builtins.int
     size: _builtins.int
+    """Bytes."""
     inodes: _builtins.int
     def __init__(
         self,

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class SnapshotsStub:
-    """Missing associated documentation comment in .proto file."""
+    """Root file systems in layers: committed ones by name, active and view ones by key.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -88,64 +89,75 @@ class SnapshotsStub:
 
 
 class SnapshotsServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Root file systems in layers: committed ones by name, active and view ones by key.
+    """
 
     def Prepare(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """An active snapshot on a committed parent (or none), to be written to; answers how to mount it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def View(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The same, read-only.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Mounts(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """How to mount an active or view snapshot.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Make an active snapshot a committed one.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Remove(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Remove one that nothing stands on.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stat(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What a snapshot is.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change labels.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Snapshots that match any of the filters.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Usage(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Disk and inodes of this snapshot alone.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cleanup(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Give back what removed snapshots still hold.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -212,7 +224,8 @@ def add_SnapshotsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Snapshots:
-    """Missing associated documentation comment in .proto file."""
+    """Root file systems in layers: committed ones by name, active and view ones by key.
+    """
 
     @staticmethod
     def Prepare(request,

@@ -28,104 +28,140 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SnapshotsStub:
+    """Root file systems in layers: committed ones by name, active and view ones by key."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SnapshotsAsyncStub: ...
     Prepare: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.PrepareSnapshotRequest, _snapshots_pb2.PrepareSnapshotResponse]
+    """An active snapshot on a committed parent (or none), to be written to; answers how to mount it."""
     View: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.ViewSnapshotRequest, _snapshots_pb2.ViewSnapshotResponse]
+    """The same, read-only."""
     Mounts: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.MountsRequest, _snapshots_pb2.MountsResponse]
+    """How to mount an active or view snapshot."""
     Commit: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.CommitSnapshotRequest, _empty_pb2.Empty]
+    """Make an active snapshot a committed one."""
     Remove: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.RemoveSnapshotRequest, _empty_pb2.Empty]
+    """Remove one that nothing stands on."""
     Stat: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.StatSnapshotRequest, _snapshots_pb2.StatSnapshotResponse]
+    """What a snapshot is."""
     Update: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.UpdateSnapshotRequest, _snapshots_pb2.UpdateSnapshotResponse]
+    """Change labels."""
     List: _grpc.UnaryStreamMultiCallable[_snapshots_pb2.ListSnapshotsRequest, _snapshots_pb2.ListSnapshotsResponse]
+    """Snapshots that match any of the filters."""
     Usage: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.UsageRequest, _snapshots_pb2.UsageResponse]
+    """Disk and inodes of this snapshot alone."""
     Cleanup: _grpc.UnaryUnaryMultiCallable[_snapshots_pb2.CleanupRequest, _empty_pb2.Empty]
+    """Give back what removed snapshots still hold."""
 
 @_typing.type_check_only
 class SnapshotsAsyncStub(SnapshotsStub):
+    """Root file systems in layers: committed ones by name, active and view ones by key."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prepare: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.PrepareSnapshotRequest, _snapshots_pb2.PrepareSnapshotResponse]  # type: ignore[assignment]
+    """An active snapshot on a committed parent (or none), to be written to; answers how to mount it."""
     View: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.ViewSnapshotRequest, _snapshots_pb2.ViewSnapshotResponse]  # type: ignore[assignment]
+    """The same, read-only."""
     Mounts: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.MountsRequest, _snapshots_pb2.MountsResponse]  # type: ignore[assignment]
+    """How to mount an active or view snapshot."""
     Commit: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.CommitSnapshotRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Make an active snapshot a committed one."""
     Remove: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.RemoveSnapshotRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Remove one that nothing stands on."""
     Stat: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.StatSnapshotRequest, _snapshots_pb2.StatSnapshotResponse]  # type: ignore[assignment]
+    """What a snapshot is."""
     Update: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.UpdateSnapshotRequest, _snapshots_pb2.UpdateSnapshotResponse]  # type: ignore[assignment]
+    """Change labels."""
     List: _aio.UnaryStreamMultiCallable[_snapshots_pb2.ListSnapshotsRequest, _snapshots_pb2.ListSnapshotsResponse]  # type: ignore[assignment]
+    """Snapshots that match any of the filters."""
     Usage: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.UsageRequest, _snapshots_pb2.UsageResponse]  # type: ignore[assignment]
+    """Disk and inodes of this snapshot alone."""
     Cleanup: _aio.UnaryUnaryMultiCallable[_snapshots_pb2.CleanupRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Give back what removed snapshots still hold."""
 
 class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
+    """Root file systems in layers: committed ones by name, active and view ones by key."""
+
     @_abc_1.abstractmethod
     def Prepare(
         self,
         request: _snapshots_pb2.PrepareSnapshotRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_snapshots_pb2.PrepareSnapshotResponse, _abc.Awaitable[_snapshots_pb2.PrepareSnapshotResponse]]: ...
+    ) -> _typing.Union[_snapshots_pb2.PrepareSnapshotResponse, _abc.Awaitable[_snapshots_pb2.PrepareSnapshotResponse]]:
+        """An active snapshot on a committed parent (or none), to be written to; answers how to mount it."""
 
     @_abc_1.abstractmethod
     def View(
         self,
         request: _snapshots_pb2.ViewSnapshotRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_snapshots_pb2.ViewSnapshotResponse, _abc.Awaitable[_snapshots_pb2.ViewSnapshotResponse]]: ...
+    ) -> _typing.Union[_snapshots_pb2.ViewSnapshotResponse, _abc.Awaitable[_snapshots_pb2.ViewSnapshotResponse]]:
+        """The same, read-only."""
 
     @_abc_1.abstractmethod
     def Mounts(
         self,
         request: _snapshots_pb2.MountsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_snapshots_pb2.MountsResponse, _abc.Awaitable[_snapshots_pb2.MountsResponse]]: ...
+    ) -> _typing.Union[_snapshots_pb2.MountsResponse, _abc.Awaitable[_snapshots_pb2.MountsResponse]]:
+        """How to mount an active or view snapshot."""
 
     @_abc_1.abstractmethod
     def Commit(
         self,
         request: _snapshots_pb2.CommitSnapshotRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Make an active snapshot a committed one."""
 
     @_abc_1.abstractmethod
     def Remove(
         self,
         request: _snapshots_pb2.RemoveSnapshotRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Remove one that nothing stands on."""
 
     @_abc_1.abstractmethod
     def Stat(
         self,
         request: _snapshots_pb2.StatSnapshotRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_snapshots_pb2.StatSnapshotResponse, _abc.Awaitable[_snapshots_pb2.StatSnapshotResponse]]: ...
+    ) -> _typing.Union[_snapshots_pb2.StatSnapshotResponse, _abc.Awaitable[_snapshots_pb2.StatSnapshotResponse]]:
+        """What a snapshot is."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _snapshots_pb2.UpdateSnapshotRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_snapshots_pb2.UpdateSnapshotResponse, _abc.Awaitable[_snapshots_pb2.UpdateSnapshotResponse]]: ...
+    ) -> _typing.Union[_snapshots_pb2.UpdateSnapshotResponse, _abc.Awaitable[_snapshots_pb2.UpdateSnapshotResponse]]:
+        """Change labels."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _snapshots_pb2.ListSnapshotsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_snapshots_pb2.ListSnapshotsResponse], _abc.AsyncIterator[_snapshots_pb2.ListSnapshotsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_snapshots_pb2.ListSnapshotsResponse], _abc.AsyncIterator[_snapshots_pb2.ListSnapshotsResponse]]:
+        """Snapshots that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Usage(
         self,
         request: _snapshots_pb2.UsageRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_snapshots_pb2.UsageResponse, _abc.Awaitable[_snapshots_pb2.UsageResponse]]: ...
+    ) -> _typing.Union[_snapshots_pb2.UsageResponse, _abc.Awaitable[_snapshots_pb2.UsageResponse]]:
+        """Disk and inodes of this snapshot alone."""
 
     @_abc_1.abstractmethod
     def Cleanup(
         self,
         request: _snapshots_pb2.CleanupRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Give back what removed snapshots still hold."""
 
 def add_SnapshotsServicer_to_server(servicer: SnapshotsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class StreamingStub:
-    """Missing associated documentation comment in .proto file."""
+    """Byte and message streams beside a call: a call names one by the id that its stream began with.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,10 +43,12 @@ class StreamingStub:
 
 
 class StreamingServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Byte and message streams beside a call: a call names one by the id that its stream began with.
+    """
 
     def Stream(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """The first message is a StreamInit; the others are what the call's service says.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -67,7 +70,8 @@ def add_StreamingServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Streaming:
-    """Missing associated documentation comment in .proto file."""
+    """Byte and message streams beside a call: a call names one by the id that its stream began with.
+    """
 
     @staticmethod
     def Stream(request_iterator,

@@ -27,23 +27,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StreamingStub:
+    """Byte and message streams beside a call: a call names one by the id that its stream began with."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StreamingAsyncStub: ...
     Stream: _grpc.StreamStreamMultiCallable[_any_pb2.Any, _any_pb2.Any]
+    """The first message is a StreamInit; the others are what the call's service says."""
 
 @_typing.type_check_only
 class StreamingAsyncStub(StreamingStub):
+    """Byte and message streams beside a call: a call names one by the id that its stream began with."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Stream: _aio.StreamStreamMultiCallable[_any_pb2.Any, _any_pb2.Any]  # type: ignore[assignment]
+    """The first message is a StreamInit; the others are what the call's service says."""
 
 class StreamingServicer(metaclass=_abc_1.ABCMeta):
+    """Byte and message streams beside a call: a call names one by the id that its stream began with."""
+
     @_abc_1.abstractmethod
     def Stream(
         self,
         request_iterator: _MaybeAsyncIterator[_any_pb2.Any],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_any_pb2.Any], _abc.AsyncIterator[_any_pb2.Any]]: ...
+    ) -> _typing.Union[_abc.Iterator[_any_pb2.Any], _abc.AsyncIterator[_any_pb2.Any]]:
+        """The first message is a StreamInit; the others are what the call's service says."""
 
 def add_StreamingServicer_to_server(servicer: StreamingServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -39,18 +39,26 @@ class CreateTaskRequest(_message.Message):
     TASK_API_VERSION_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     stdin: _builtins.str
+    """A fifo's path, or a URI (file, binary, …); empty means none."""
     stdout: _builtins.str
     stderr: _builtins.str
     terminal: _builtins.bool
     runtime_path: _builtins.str
+    """Shim program to use instead of the one that the runtime's name leads to."""
     task_api_address: _builtins.str
     task_api_version: _builtins.int
     @_builtins.property
-    def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
+    def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]:
+        """Mounted as the container's root, in order."""
+
     @_builtins.property
-    def checkpoint(self) -> _types_pb2.Descriptor: ...
+    def checkpoint(self) -> _types_pb2.Descriptor:
+        """The checkpoint to restore from."""
+
     @_builtins.property
-    def options(self) -> _any_pb2.Any: ...
+    def options(self) -> _any_pb2.Any:
+        """Options of the runtime for this task."""
+
     def __init__(
         self,
         *,
@@ -167,6 +175,7 @@ class DeleteResponse(_message.Message):
     id: _builtins.str
     pid: _builtins.int
     exit_status: _builtins.int
+    """128 and the signal's number after a death by signal."""
     @_builtins.property
     def exited_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -300,6 +309,7 @@ class KillRequest(_message.Message):
     exec_id: _builtins.str
     signal: _builtins.int
     all: _builtins.bool
+    """Signal every process of the container."""
     def __init__(
         self,
         *,
@@ -334,7 +344,9 @@ class ExecProcessRequest(_message.Message):
     terminal: _builtins.bool
     exec_id: _builtins.str
     @_builtins.property
-    def spec(self) -> _any_pb2.Any: ...
+    def spec(self) -> _any_pb2.Any:
+        """The process as JSON of the OCI runtime specification."""
+
     def __init__(
         self,
         *,
@@ -574,7 +586,9 @@ class UpdateTaskRequest(_message.Message):
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     @_builtins.property
-    def resources(self) -> _any_pb2.Any: ...
+    def resources(self) -> _any_pb2.Any:
+        """Resources as JSON of the OCI runtime specification."""
+
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(

@@ -28,167 +28,224 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TasksStub:
+    """Processes of containers. `exec_id` empty means a container's first process."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TasksAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.CreateTaskRequest, _tasks_pb2.CreateTaskResponse]
+    """Make a container's process from its record; its program waits for Start."""
     Start: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.StartRequest, _tasks_pb2.StartResponse]
+    """Run a created process."""
     Delete: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.DeleteTaskRequest, _tasks_pb2.DeleteResponse]
+    """Give back an ended task; its exit is in the answer."""
     DeleteProcess: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.DeleteProcessRequest, _tasks_pb2.DeleteResponse]
+    """Give back an ended exec."""
     Get: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.GetRequest, _tasks_pb2.GetResponse]
+    """What a process is and does now."""
     List: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ListTasksRequest, _tasks_pb2.ListTasksResponse]
+    """Every task of the namespace."""
     Kill: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.KillRequest, _empty_pb2.Empty]
+    """Send a signal."""
     Exec: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ExecProcessRequest, _empty_pb2.Empty]
+    """Add a process to a running container; it waits for Start."""
     ResizePty: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ResizePtyRequest, _empty_pb2.Empty]
+    """Tell the terminal's size."""
     CloseIO: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.CloseIORequest, _empty_pb2.Empty]
+    """Close a process's standard input."""
     Pause: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.PauseTaskRequest, _empty_pb2.Empty]
+    """Freeze the container."""
     Resume: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ResumeTaskRequest, _empty_pb2.Empty]
+    """Let it go on."""
     ListPids: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ListPidsRequest, _tasks_pb2.ListPidsResponse]
+    """Every process of the container."""
     Checkpoint: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.CheckpointTaskRequest, _tasks_pb2.CheckpointTaskResponse]
+    """Write a checkpoint; the answer names what was made in the content store."""
     Update: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.UpdateTaskRequest, _empty_pb2.Empty]
+    """Change limits of resources."""
     Metrics: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.MetricsRequest, _tasks_pb2.MetricsResponse]
+    """Cgroup figures of the tasks that match any of the filters."""
     Wait: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.WaitRequest, _tasks_pb2.WaitResponse]
+    """Return when a process has ended; at once when it already has."""
 
 @_typing.type_check_only
 class TasksAsyncStub(TasksStub):
+    """Processes of containers. `exec_id` empty means a container's first process."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_tasks_pb2.CreateTaskRequest, _tasks_pb2.CreateTaskResponse]  # type: ignore[assignment]
+    """Make a container's process from its record; its program waits for Start."""
     Start: _aio.UnaryUnaryMultiCallable[_tasks_pb2.StartRequest, _tasks_pb2.StartResponse]  # type: ignore[assignment]
+    """Run a created process."""
     Delete: _aio.UnaryUnaryMultiCallable[_tasks_pb2.DeleteTaskRequest, _tasks_pb2.DeleteResponse]  # type: ignore[assignment]
+    """Give back an ended task; its exit is in the answer."""
     DeleteProcess: _aio.UnaryUnaryMultiCallable[_tasks_pb2.DeleteProcessRequest, _tasks_pb2.DeleteResponse]  # type: ignore[assignment]
+    """Give back an ended exec."""
     Get: _aio.UnaryUnaryMultiCallable[_tasks_pb2.GetRequest, _tasks_pb2.GetResponse]  # type: ignore[assignment]
+    """What a process is and does now."""
     List: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ListTasksRequest, _tasks_pb2.ListTasksResponse]  # type: ignore[assignment]
+    """Every task of the namespace."""
     Kill: _aio.UnaryUnaryMultiCallable[_tasks_pb2.KillRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Send a signal."""
     Exec: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ExecProcessRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Add a process to a running container; it waits for Start."""
     ResizePty: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ResizePtyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Tell the terminal's size."""
     CloseIO: _aio.UnaryUnaryMultiCallable[_tasks_pb2.CloseIORequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Close a process's standard input."""
     Pause: _aio.UnaryUnaryMultiCallable[_tasks_pb2.PauseTaskRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Freeze the container."""
     Resume: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ResumeTaskRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Let it go on."""
     ListPids: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ListPidsRequest, _tasks_pb2.ListPidsResponse]  # type: ignore[assignment]
+    """Every process of the container."""
     Checkpoint: _aio.UnaryUnaryMultiCallable[_tasks_pb2.CheckpointTaskRequest, _tasks_pb2.CheckpointTaskResponse]  # type: ignore[assignment]
+    """Write a checkpoint; the answer names what was made in the content store."""
     Update: _aio.UnaryUnaryMultiCallable[_tasks_pb2.UpdateTaskRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Change limits of resources."""
     Metrics: _aio.UnaryUnaryMultiCallable[_tasks_pb2.MetricsRequest, _tasks_pb2.MetricsResponse]  # type: ignore[assignment]
+    """Cgroup figures of the tasks that match any of the filters."""
     Wait: _aio.UnaryUnaryMultiCallable[_tasks_pb2.WaitRequest, _tasks_pb2.WaitResponse]  # type: ignore[assignment]
+    """Return when a process has ended; at once when it already has."""
 
 class TasksServicer(metaclass=_abc_1.ABCMeta):
+    """Processes of containers. `exec_id` empty means a container's first process."""
+
     @_abc_1.abstractmethod
     def Create(
         self,
         request: _tasks_pb2.CreateTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.CreateTaskResponse, _abc.Awaitable[_tasks_pb2.CreateTaskResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.CreateTaskResponse, _abc.Awaitable[_tasks_pb2.CreateTaskResponse]]:
+        """Make a container's process from its record; its program waits for Start."""
 
     @_abc_1.abstractmethod
     def Start(
         self,
         request: _tasks_pb2.StartRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.StartResponse, _abc.Awaitable[_tasks_pb2.StartResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.StartResponse, _abc.Awaitable[_tasks_pb2.StartResponse]]:
+        """Run a created process."""
 
     @_abc_1.abstractmethod
     def Delete(
         self,
         request: _tasks_pb2.DeleteTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.DeleteResponse, _abc.Awaitable[_tasks_pb2.DeleteResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.DeleteResponse, _abc.Awaitable[_tasks_pb2.DeleteResponse]]:
+        """Give back an ended task; its exit is in the answer."""
 
     @_abc_1.abstractmethod
     def DeleteProcess(
         self,
         request: _tasks_pb2.DeleteProcessRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.DeleteResponse, _abc.Awaitable[_tasks_pb2.DeleteResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.DeleteResponse, _abc.Awaitable[_tasks_pb2.DeleteResponse]]:
+        """Give back an ended exec."""
 
     @_abc_1.abstractmethod
     def Get(
         self,
         request: _tasks_pb2.GetRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.GetResponse, _abc.Awaitable[_tasks_pb2.GetResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.GetResponse, _abc.Awaitable[_tasks_pb2.GetResponse]]:
+        """What a process is and does now."""
 
     @_abc_1.abstractmethod
     def List(
         self,
         request: _tasks_pb2.ListTasksRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.ListTasksResponse, _abc.Awaitable[_tasks_pb2.ListTasksResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.ListTasksResponse, _abc.Awaitable[_tasks_pb2.ListTasksResponse]]:
+        """Every task of the namespace."""
 
     @_abc_1.abstractmethod
     def Kill(
         self,
         request: _tasks_pb2.KillRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Send a signal."""
 
     @_abc_1.abstractmethod
     def Exec(
         self,
         request: _tasks_pb2.ExecProcessRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Add a process to a running container; it waits for Start."""
 
     @_abc_1.abstractmethod
     def ResizePty(
         self,
         request: _tasks_pb2.ResizePtyRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Tell the terminal's size."""
 
     @_abc_1.abstractmethod
     def CloseIO(
         self,
         request: _tasks_pb2.CloseIORequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Close a process's standard input."""
 
     @_abc_1.abstractmethod
     def Pause(
         self,
         request: _tasks_pb2.PauseTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Freeze the container."""
 
     @_abc_1.abstractmethod
     def Resume(
         self,
         request: _tasks_pb2.ResumeTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Let it go on."""
 
     @_abc_1.abstractmethod
     def ListPids(
         self,
         request: _tasks_pb2.ListPidsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.ListPidsResponse, _abc.Awaitable[_tasks_pb2.ListPidsResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.ListPidsResponse, _abc.Awaitable[_tasks_pb2.ListPidsResponse]]:
+        """Every process of the container."""
 
     @_abc_1.abstractmethod
     def Checkpoint(
         self,
         request: _tasks_pb2.CheckpointTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.CheckpointTaskResponse, _abc.Awaitable[_tasks_pb2.CheckpointTaskResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.CheckpointTaskResponse, _abc.Awaitable[_tasks_pb2.CheckpointTaskResponse]]:
+        """Write a checkpoint; the answer names what was made in the content store."""
 
     @_abc_1.abstractmethod
     def Update(
         self,
         request: _tasks_pb2.UpdateTaskRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Change limits of resources."""
 
     @_abc_1.abstractmethod
     def Metrics(
         self,
         request: _tasks_pb2.MetricsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.MetricsResponse, _abc.Awaitable[_tasks_pb2.MetricsResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.MetricsResponse, _abc.Awaitable[_tasks_pb2.MetricsResponse]]:
+        """Cgroup figures of the tasks that match any of the filters."""
 
     @_abc_1.abstractmethod
     def Wait(
         self,
         request: _tasks_pb2.WaitRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_tasks_pb2.WaitResponse, _abc.Awaitable[_tasks_pb2.WaitResponse]]: ...
+    ) -> _typing.Union[_tasks_pb2.WaitResponse, _abc.Awaitable[_tasks_pb2.WaitResponse]]:
+        """Return when a process has ended; at once when it already has."""
 
 def add_TasksServicer_to_server(servicer: TasksServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -51,6 +51,7 @@ class TransferOptions(_message.Message):
 
     PROGRESS_STREAM_FIELD_NUMBER: _builtins.int
     progress_stream: _builtins.str
+    """Id of a stream that gets Progress messages."""
     def __init__(
         self,
         *,

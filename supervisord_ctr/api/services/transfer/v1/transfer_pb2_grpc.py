@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class TransferStub:
-    """Missing associated documentation comment in .proto file."""
+    """Moves images between registries, stores, archives and streams, inside the daemon.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -43,10 +44,12 @@ class TransferStub:
 
 
 class TransferServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Moves images between registries, stores, archives and streams, inside the daemon.
+    """
 
     def Transfer(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """From `source` to `destination`; what they are, their types say (see types/transfer). Returns when it is done.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -68,7 +71,8 @@ def add_TransferServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Transfer:
-    """Missing associated documentation comment in .proto file."""
+    """Moves images between registries, stores, archives and streams, inside the daemon.
+    """
 
     @staticmethod
     def Transfer(request,

@@ -28,23 +28,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TransferStub:
+    """Moves images between registries, stores, archives and streams, inside the daemon."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TransferAsyncStub: ...
     Transfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.TransferRequest, _empty_pb2.Empty]
+    """From `source` to `destination`; what they are, their types say (see types/transfer). Returns when it is done."""
 
 @_typing.type_check_only
 class TransferAsyncStub(TransferStub):
+    """Moves images between registries, stores, archives and streams, inside the daemon."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Transfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.TransferRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """From `source` to `destination`; what they are, their types say (see types/transfer). Returns when it is done."""
 
 class TransferServicer(metaclass=_abc_1.ABCMeta):
+    """Moves images between registries, stores, archives and streams, inside the daemon."""
+
     @_abc_1.abstractmethod
     def Transfer(
         self,
         request: _transfer_pb2.TransferRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """From `source` to `destination`; what they are, their types say (see types/transfer). Returns when it is done."""
 
 def add_TransferServicer_to_server(servicer: TransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

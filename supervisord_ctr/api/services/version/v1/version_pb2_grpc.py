@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class VersionStub:
-    """Missing associated documentation comment in .proto file."""
+    """Who is there.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -43,10 +44,12 @@ class VersionStub:
 
 
 class VersionServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Who is there.
+    """
 
     def Version(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Version and revision of the daemon.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -68,7 +71,8 @@ def add_VersionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Version:
-    """Missing associated documentation comment in .proto file."""
+    """Who is there.
+    """
 
     @staticmethod
     def Version(request,

@@ -28,23 +28,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class VersionStub:
+    """Who is there."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VersionAsyncStub: ...
     Version: _grpc.UnaryUnaryMultiCallable[_empty_pb2.Empty, _version_pb2.VersionResponse]
+    """Version and revision of the daemon."""
 
 @_typing.type_check_only
 class VersionAsyncStub(VersionStub):
+    """Who is there."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Version: _aio.UnaryUnaryMultiCallable[_empty_pb2.Empty, _version_pb2.VersionResponse]  # type: ignore[assignment]
+    """Version and revision of the daemon."""
 
 class VersionServicer(metaclass=_abc_1.ABCMeta):
+    """Who is there."""
+
     @_abc_1.abstractmethod
     def Version(
         self,
         request: _empty_pb2.Empty,
         context: _ServicerContext,
-    ) -> _typing.Union[_version_pb2.VersionResponse, _abc.Awaitable[_version_pb2.VersionResponse]]: ...
+    ) -> _typing.Union[_version_pb2.VersionResponse, _abc.Awaitable[_version_pb2.VersionResponse]]:
+        """Version and revision of the daemon."""
 
 def add_VersionServicer_to_server(servicer: VersionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class EventsStub:
-    """Missing associated documentation comment in .proto file."""
+    """How shims report to their daemon.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -43,10 +44,12 @@ class EventsStub:
 
 
 class EventsServicer:
-    """Missing associated documentation comment in .proto file."""
+    """How shims report to their daemon.
+    """
 
     def Forward(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Pass an event on; the answer means that the daemon has it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -68,7 +71,8 @@ def add_EventsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Events:
-    """Missing associated documentation comment in .proto file."""
+    """How shims report to their daemon.
+    """
 
     @staticmethod
     def Forward(request,

@@ -28,23 +28,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EventsStub:
+    """How shims report to their daemon."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EventsAsyncStub: ...
     Forward: _grpc.UnaryUnaryMultiCallable[_events_pb2.ForwardRequest, _empty_pb2.Empty]
+    """Pass an event on; the answer means that the daemon has it."""
 
 @_typing.type_check_only
 class EventsAsyncStub(EventsStub):
+    """How shims report to their daemon."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Forward: _aio.UnaryUnaryMultiCallable[_events_pb2.ForwardRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Pass an event on; the answer means that the daemon has it."""
 
 class EventsServicer(metaclass=_abc_1.ABCMeta):
+    """How shims report to their daemon."""
+
     @_abc_1.abstractmethod
     def Forward(
         self,
         request: _events_pb2.ForwardRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Pass an event on; the answer means that the daemon has it."""
 
 def add_EventsServicer_to_server(servicer: EventsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
