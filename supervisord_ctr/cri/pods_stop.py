@@ -14,7 +14,7 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri.container_remove import remove_container
 from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.container_stop import stop_now
-from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.core import Core, all_of
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.names import CRI_NAMESPACE
 from supervisord_ctr.sandbox import pause
@@ -89,8 +89,7 @@ async def remove_pod(core: Core, identity: str) -> None:
 
 async def _remove(core: Core, pod: Pod) -> None:
     await stop_pod(core, pod.id)
-    for container in core.state.containers_of(pod.id):
-        await remove_container(core, container.id)
+    await all_of(*(remove_container(core, container.id) for container in core.state.containers_of(pod.id)))
     async with core.hold(pod.id, "removing"):
         if core.state.pod_or_none(pod.id) is not pod:
             return
