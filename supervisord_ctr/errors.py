@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import enum
 import errno as errno_module
-from typing import ClassVar
+
+# Stated, not imported: a client that starts often shall not load the typing module for this.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class Code(enum.IntEnum):

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from types import SimpleNamespace
-from typing import Any, NoReturn
 
 from pctr.command import Command, Context, Failed, UsageError, global_options
 from pctr.commands import find, load
 from pctr.options import SUPPRESS, Options
+
+# Stated, not imported: the typing module takes as long to load as all of pctr.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 _GLOBALS_WITH_VALUE = ("-a", "--address", "-n", "--namespace")
 

@@ -10,9 +10,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
 
-from pctr import light
+from pctr import documents, light
 from pctr.command import (
     DEFAULT_RUNTIME,
     Context,
@@ -28,7 +27,10 @@ from pctr.rpc import CONTAINERS, SNAPSHOTS, Client
 from supervisord_ctr import errors
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder, parse_mount
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pctr.command import Arguments
     from supervisord_ctr.oci.users import User
 
@@ -183,12 +185,10 @@ def build_spec(
 ) -> SpecBuilder:
     """The spec for these options, but for the user (see `resolve_user`)."""
     if args.config:
-        import json
-
         with open(args.config, "rb") as file:
             data = file.read()
         try:
-            return SpecBuilder(namespace, container, spec=json.loads(data))
+            return SpecBuilder(namespace, container, spec=documents.loads(data))
         except ValueError as error:
             raise UsageError(f"{args.config}: is no spec: {error}") from None
     builder = SpecBuilder(namespace, container)
@@ -440,7 +440,7 @@ def create_container(context: Context, reference: str, container: str, command: 
     record = light.Container(
         id=container, labels=container_labels(args, image), image=name,
         runtime=light.Runtime(name=args.runtime, options=runtime_options(args)),
-        spec=light.Any_(type_url=TYPE_URL, value=builder.to_json()),
+        spec=light.Any_(type_url=TYPE_URL, value=builder.to_json(documents.dumps)),
         snapshotter=snapshotter, snapshot_key=container if snapshotter else "",
     )
     client.unary(CONTAINERS + "Create", light.ContainerMessage(container=record), light.ContainerMessage)
@@ -450,7 +450,7 @@ def create_container(context: Context, reference: str, container: str, command: 
             mounts = _snapshot(client, snapshotter, container, image)
         if not args.config and (found_user := resolve_user(mounts, rootfs, user)) is not None:
             builder.with_user(found_user)
-            record.spec = light.Any_(type_url=TYPE_URL, value=builder.to_json())
+            record.spec = light.Any_(type_url=TYPE_URL, value=builder.to_json(documents.dumps))
             client.unary(
                 CONTAINERS + "Update",
                 light.UpdateContainerRequest(container=record, update_mask=light.FieldMask(paths=["spec"])),

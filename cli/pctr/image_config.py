@@ -5,14 +5,16 @@ Reads through the content service; light enough for the path of `pctr run`.
 
 from __future__ import annotations
 
-import json
 import os
-from typing import Any
 
-from pctr import light
+from pctr import documents, light
 from pctr.command import Failed
 from pctr.rpc import CONTENT, IMAGES, Client
 from supervisord_ctr import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Largest manifest or config that is read (S8).
 DOCUMENT_LIMIT = 4 << 20
@@ -121,7 +123,7 @@ def read_blob(client: Client, digest: str, limit: int = DOCUMENT_LIMIT) -> bytes
 def read_json(client: Client, digest: str) -> dict[str, Any]:
     """A blob that is a JSON object."""
     try:
-        document = json.loads(read_blob(client, digest))
+        document = documents.loads(read_blob(client, digest))
     except ValueError as error:
         raise Failed(f"content {digest}: no JSON: {error}") from error
     if not isinstance(document, dict):

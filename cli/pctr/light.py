@@ -8,7 +8,9 @@ skipped when reading. All other commands use the generated classes.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar, Self
 
 STRING, BYTES, UINT, BOOL, STRINGS, LABELS = "string", "bytes", "uint", "bool", "strings", "labels"
 

@@ -9,7 +9,10 @@ argparse, which then reports it: `parse` returns None. The tests hold the two ag
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: argparse.REMAINDER and argparse.SUPPRESS, without argparse.
 REMAINDER = "..."

@@ -13,10 +13,37 @@ import struct
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
 
 from pctr.http2 import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, Connection, ConnectionLost, Socket
 from supervisord_ctr import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Generic, Protocol, Self, TypeVar
+
+    class Encodable(Protocol):
+        """What can be sent."""
+
+        def SerializeToString(self) -> bytes:
+            """The message in protobuf's wire format."""
+
+    class Decodable(Protocol):
+        """What can be received."""
+
+        @classmethod
+        def FromString(cls, data: bytes, /) -> Self:
+            """The message in these bytes."""
+
+    M = TypeVar("M", bound=Decodable)
+else:
+    M = object
+
+    class Generic:
+        """Stands for the one of typing, which costs more to load than a call."""
+
+        def __class_getitem__(cls, kind):
+            return cls
+
 
 #: Largest message accepted (containerd's own default is 16 MiB).
 MESSAGE_LIMIT = 1 << 28
@@ -44,24 +71,6 @@ CRI_IMAGE = "/runtime.v1.ImageService/"
 _HTTP_CODES = {400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14}
 # Reset codes (PROTOCOL-HTTP2.md, "Errors").
 _RESET_CODES = {7: 14, 8: 1, 11: 8, 12: 7}
-
-
-class Encodable(Protocol):
-    """What can be sent."""
-
-    def SerializeToString(self) -> bytes:
-        """The message in protobuf's wire format."""
-
-
-class Decodable(Protocol):
-    """What can be received."""
-
-    @classmethod
-    def FromString(cls, data: bytes, /) -> Self:
-        """The message in these bytes."""
-
-
-M = TypeVar("M", bound=Decodable)
 
 
 def _percent_decode(text: str) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-from typing import Any
 
-from pctr import light
+from pctr import documents, light
 from pctr.command import Context, Failed, UsageError, new_id
 from pctr.create import Created, remove_container
 from pctr.process import Foreground
 from pctr.rpc import CONTAINERS, SNAPSHOTS, TASKS, Client
 from pctr.stdio import Fifos, remove_fifos_of
 from supervisord_ctr import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _RUNNING, _STOPPED = 2, 3
 
@@ -126,7 +128,7 @@ def spec_of(record: light.Container) -> dict[str, Any]:
     """The container's OCI spec."""
     if record.spec is None:
         raise Failed(f"container {record.id}: has no spec")
-    spec: dict[str, Any] = json.loads(record.spec.value)
+    spec: dict[str, Any] = documents.loads(record.spec.value)
     return spec
 
 
@@ -194,7 +196,7 @@ def exec_in_task(context: Context, container: str, command: list[str]) -> int:
             container_id=container, exec_id=exec_id, terminal=args.tty,
             stdin=fifos.stdin if fifos else "", stdout=fifos.stdout if fifos else log,
             stderr="" if args.tty else fifos.stderr if fifos else log,
-            spec=light.Any_(type_url=PROCESS_TYPE_URL, value=json.dumps(process).encode()),
+            spec=light.Any_(type_url=PROCESS_TYPE_URL, value=documents.dumps(process).encode()),
         ), light.Empty)
         identity = light.ProcessId(container_id=container, exec_id=exec_id)
         with contextlib.ExitStack() as if_failed:

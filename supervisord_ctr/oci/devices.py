@@ -40,18 +40,6 @@ class Device(NamedTuple):
         return {"allow": True, "type": self.kind, "major": self.major, "minor": self.minor, "access": access}
 
 
-def default_rules() -> list[dict[str, Any]]:
-    """Cgroup rules for the nodes every container has: null, random, full, tty, zero, urandom, console, pts, ptmx."""
-    pairs = ((1, 3), (1, 8), (1, 7), (5, 0), (1, 5), (1, 9), (5, 1), (136, None), (5, 2))
-    rules: list[dict[str, Any]] = []
-    for major, minor in pairs:
-        rule: dict[str, Any] = {"allow": True, "type": "c", "major": major, "access": "rwm"}
-        if minor is not None:
-            rule["minor"] = minor
-        rules.append(rule)
-    return rules
-
-
 def from_path(path: str, *, follow: bool = False) -> Device:
     """The device at a host path; `InvalidArgument` when there is none or it is something else."""
     try:

@@ -7,12 +7,14 @@ for each family, so that a reader can check it against syscalls(2).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from supervisord_ctr.errors import InvalidArgument
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ENOSYS = 38
 _AF_ALG = 38
@@ -164,6 +166,8 @@ def load_profile(path: str | os.PathLike[str], *, limit: int = 4 << 20) -> dict[
 
     Raises `InvalidArgument` when it is not there, too large or not an object with a default action.
     """
+    import json
+
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)

@@ -8,21 +8,20 @@ Source: OCI runtime specification, config.md and config-linux.md.
 
 from __future__ import annotations
 
-import json
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from supervisord_ctr.errors import InvalidArgument
 from supervisord_ctr.oci import capabilities
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Any, Self
 
     from supervisord_ctr.oci.devices import Device
     from supervisord_ctr.oci.users import User
 
-Spec = dict[str, Any]
+    Spec = dict[str, Any]
 
 #: What an `Any` that carries a spec is called.
 TYPE_URL = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
@@ -112,6 +111,18 @@ def merge_env(defaults: Iterable[str], overrides: Iterable[str]) -> list[str]:
         else:
             result[name] = entry
     return list(result.values())
+
+
+def default_device_rules() -> list[dict[str, Any]]:
+    """Cgroup rules for the nodes every container has: null, random, full, tty, zero, urandom, console, pts, ptmx."""
+    pairs = ((1, 3), (1, 8), (1, 7), (5, 0), (1, 5), (1, 9), (5, 1), (136, None), (5, 2))
+    rules: list[dict[str, Any]] = []
+    for major, minor in pairs:
+        rule: dict[str, Any] = {"allow": True, "type": "c", "major": major, "access": "rwm"}
+        if minor is not None:
+            rule["minor"] = minor
+        rules.append(rule)
+    return rules
 
 
 def parse_mount(text: str) -> dict[str, Any]:
@@ -393,9 +404,7 @@ class SpecBuilder:
 
     def with_default_devices(self) -> Self:
         """Cgroup rules for null, zero, tty and the others that every container has."""
-        from supervisord_ctr.oci import devices
-
-        self.resources.setdefault("devices", []).extend(devices.default_rules())
+        self.resources.setdefault("devices", []).extend(default_device_rules())
         return self
 
     def with_devices(self, listed: Iterable[Device], access: str = "rwm") -> Self:
@@ -455,8 +464,12 @@ class SpecBuilder:
 
     # -- result ------------------------------------------------------------------------------------
 
-    def to_json(self) -> bytes:
-        """The document, compact. Refuses a process without a command line."""
+    def to_json(self, dumps: Callable[[object], str] | None = None) -> bytes:
+        """The document, compact, written by `dumps`. Refuses a process without a command line."""
         if "process" in self.spec and not self.process.get("args"):
             raise InvalidArgument("no command is given: neither the image nor the request states one", kind="args")
+        if dumps is not None:
+            return dumps(self.spec).encode()
+        import json
+
         return json.dumps(self.spec, separators=(",", ":")).encode()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pctr.command import Command
 
@@ -53,6 +51,6 @@ def find(word: str) -> tuple[str, Group] | None:
 
 def load(group: str) -> tuple[Command, ...] | Command:
     """The command, or the commands, behind a group's name."""
-    module = importlib.import_module(f"pctr.commands.{GROUPS[group].module}")
+    module = __import__(f"pctr.commands.{GROUPS[group].module}", fromlist=["COMMANDS"])
     found: tuple[Command, ...] | Command = getattr(module, "COMMANDS", None) or module.COMMAND
     return found

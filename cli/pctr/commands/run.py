@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
 
 from pctr.command import Command, Context, Failed, UsageError
 from pctr.create import create_container, create_options, remove_container
 from pctr.options import REMAINDER
 from pctr.running import note, run_task
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pctr.command import Arguments
 

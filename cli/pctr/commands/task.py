@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pctr.command import Command, Context, UsageError, format_option
 from pctr.options import REMAINDER
 from supervisord_ctr import errors
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pctr.command import Arguments
 
