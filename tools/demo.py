@@ -174,7 +174,7 @@ def main() -> None:
         daemon = start(stack, [str(BIN / "supervisord-ctr"), *folders], base / "daemon.log")
         wait_connect(("127.0.0.1", port), registry, base / "registry.log")
         wait_connect(str(base / "s.sock"), daemon, base / "daemon.log")
-        image = f"localhost:{port}/library/busybox:latest"
+        image = f"127.0.0.1:{port}/library/busybox:latest"  # "localhost" needs a hosts file
         write_archive(base / "busybox.tar", image)
         tour = Tour(base / "s.sock")
         tour("pctr", "image", "import", str(base / "busybox.tar"), shown=False)
