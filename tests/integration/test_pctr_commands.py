@@ -220,7 +220,7 @@ def test_a_detached_task_from_list_to_removal(target: Target, detached: str) -> 
     assert out == b"9\n"
     assert waiting.returncode == 9
     assert [row["status"] for row in target.rows("task", "ls") if row["task"] == detached] == ["STOPPED"]
-    target.pctr("task", "rm", detached, status=9)
+    target.pctr("task", "rm", detached)
     assert detached not in {row["task"] for row in target.rows("task", "ls")}
     fifos = target.base / "run" / "fifo"
     assert not os.listdir(fifos)

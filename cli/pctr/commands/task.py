@@ -201,8 +201,10 @@ def _remove(context: Context) -> int:
         try:
             code = remove_task(context.client, name, context.args.exec_id, force=context.args.force)
             print(name)
-            if len(context.args.ids) == 1:
+            if context.args.exec_id:
                 status = code
+            elif code:
+                output.warn(f"task {name} ended with status {code}")
         except errors.Error as error:
             output.warn(str(error))
             status = 1
