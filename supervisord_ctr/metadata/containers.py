@@ -28,6 +28,8 @@ _COLUMNS = (
     "id, created, updated, labels, image, runtime, options_url, options, spec_url, spec, "
     "snapshotter, snapshot_key, extensions, sandbox"
 )
+#: Records kept in memory for lists.
+_KNOWN = 4096
 _ALL_FIELDS = ("labels", "spec", "extensions", "image", "snapshotkey")
 
 
@@ -70,6 +72,8 @@ class Containers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._listed: dict[str, tuple[int, list[Container]]] = {}
+        self._loaded: dict[tuple[str, str], tuple[Row, Container]] = {}
 
     async def get(self, namespace: str, id: str) -> Container:  # noqa: A002
         """NotFound."""
@@ -77,6 +81,25 @@ class Containers:
         if row is None:
             raise NotFound(f'container "{id}" in namespace "{namespace}": not found', kind="container", key=id)
         return _load(row)
+
+    def _all(self, namespace: str) -> list[Container]:
+        """Every record of a namespace; read again only when something was committed since."""
+        version = self._engine.version()
+        if self._listed.get(namespace, (-1, []))[0] != version:
+            statement = f"SELECT {_COLUMNS} FROM containers WHERE namespace = ? ORDER BY id"
+            rows = self._engine.rows(statement, (namespace,))
+            self._listed = {namespace: (version, [self._known(namespace, row) for row in rows])}
+        return self._listed[namespace][1]
+
+    def _known(self, namespace: str, row: Row) -> Container:
+        """The record of a row; the same object as the last time while the row is the same."""
+        key = (namespace, str(row[0]))
+        known = self._loaded.get(key)
+        if known is None or known[0] != row:
+            if len(self._loaded) >= _KNOWN:
+                self._loaded.clear()
+            known = self._loaded[key] = (row, _load(row))
+        return known[1]
 
     async def list(self, namespace: str, filter_texts: Sequence[str] = ()) -> list[Container]:
         """Those that match (fields id, image, runtime.name, labels), by id."""
@@ -89,8 +112,9 @@ class Containers:
                 (namespace, *sorted(names)),
             )
             return [_load(row) for row in rows]
-        rows = self._engine.rows(f"SELECT {_COLUMNS} FROM containers WHERE namespace = ? ORDER BY id", (namespace,))
-        found = map(_load, rows)
+        found = self._all(namespace)
+        if not filter_texts:
+            return found.copy()
         return [container for container in found if matching.matches(adapt_container(container))]
 
     async def create(self, namespace: str, container: Container) -> Container:

@@ -229,6 +229,11 @@ class Engine:
         except sqlite3.Error as error:
             raise _translate(error, self.path) from error
 
+    def version(self) -> int:
+        """A number that is another one after every commit, as the calling thread's connection sees it."""
+        row = self.row("PRAGMA data_version")
+        return int(str(row[0])) if row else 0
+
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Reader]:
         """One moment's view for several statements; keep it short, the log cannot shrink meanwhile."""
