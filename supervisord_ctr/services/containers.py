@@ -13,7 +13,7 @@ from supervisord_ctr.api.services.containers.v1 import containers_pb2 as pb
 from supervisord_ctr.api.services.containers.v1 import containers_pb2_grpc
 from supervisord_ctr.metadata import Database
 from supervisord_ctr.model import Container
-from supervisord_ctr.rpc import Context, namespace_of
+from supervisord_ctr.rpc import Context, namespace_of, serialized
 from supervisord_ctr.services.convert import container_from_message, container_to_message
 
 #: Records whose messages are kept for lists.
@@ -36,7 +36,8 @@ class ContainersService(containers_pb2_grpc.ContainersServicer):
         """INVALID_ARGUMENT for a filter that does not parse."""
         namespace = namespace_of(context)
         found = await self._containers.list(namespace, request.filters)
-        return pb.ListContainersResponse.FromString(b"".join([self._packed(namespace, item) for item in found]))
+        answer = b"".join([self._packed(namespace, item) for item in found])
+        return serialized(pb.ListContainersResponse, answer)
 
     def _packed(self, namespace: str, item: Container) -> bytes:
         """The record as a field of a list's answer, made once for each version of the record."""
