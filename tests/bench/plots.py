@@ -24,7 +24,7 @@ def _short(name: str) -> str:
 
 
 def _draw(pyplot: Any, title: str, results: Sequence[Result], path: Path) -> None:
-    series = [("this project", "ours", OURS), ("containerd", "theirs", THEIRS), ("limit of the machine", "limit", LIMIT)]
+    series = [("this project", "ours", OURS), ("containerd", "theirs", THEIRS), ("tools by hand", "limit", LIMIT)]
     series = [item for item in series if any(result.median(item[1]) is not None for result in results)]
     figure, axes = pyplot.subplots(figsize=(7.2, 0.6 + 0.28 * len(series) * len(results) + 0.12 * len(results)))
     step, height = len(series) + 0.6, 0.9
