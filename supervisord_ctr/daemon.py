@@ -175,7 +175,7 @@ class Daemon:
         puller = Puller(
             database, executors, pool, http, hosts, scratch=scratch,
             default_snapshotter=settings.snapshots.default, max_downloads=settings.registry.max_concurrent_downloads,
-            retries=settings.registry.retries,
+            retries=settings.registry.retries, sync=settings.snapshots.sync,
         )
         stack.push_async_callback(puller.close)
         streams = Streams()

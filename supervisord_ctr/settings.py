@@ -51,6 +51,7 @@ class SnapshotSettings:
     """Where root file systems are kept."""
 
     default: str = _setting("overlayfs", "snapshotter used when a request names none")
+    sync: bool = _setting(False, "a pull returns only when the unpacked files are on disk, not just the blobs")
 
 
 @dataclass(frozen=True)
