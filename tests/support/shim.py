@@ -140,7 +140,7 @@ class Lab:
         self.kind = kind
         self.zygote = zygote
         self.namespace = f"lab{secrets.token_hex(4)}"
-        self.folder = Path(tempfile.mkdtemp(prefix="pctr-lab-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="pctr-shim-"))
         self.rootfs = make_rootfs(self.folder / "fs")
         self.events: list[tuple[str, Message]] = []
         self.event_times: list[float] = []
