@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from supervisord_ctr.diff.pool import UnpackPool
 from supervisord_ctr.diff.stream import Limits
+from supervisord_ctr.errors import Error
 from supervisord_ctr.images.hosts import HostsConfig
 from supervisord_ctr.images.http import Http, Timeouts
 from supervisord_ctr.images.progress import Progress
@@ -67,3 +70,14 @@ async def open_pulling(
         stack.push_async_callback(puller.close)
         yield Pulling(stores, puller)
         assert not list(scratch.iterdir()), "a temporary mount was left"
+
+
+async def refused(pulling: Pulling, name: str, kind: type[Error], told: str, **options: Any) -> Error:
+    """The pull fails so, and leaves no image, snapshot or lease."""
+    with pytest.raises(kind, match=told) as caught:
+        await pulling.pull(name, **options)
+    assert await pulling.left() == {"images": [], "snapshots": [], "leases": []}
+    await pulling.database.gc.collect()
+    await pulling.database.snapshotter("overlayfs").cleanup()
+    assert await pulling.database.content.walk(NAMESPACE) == []
+    return caught.value
