@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -54,18 +55,23 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, cases: list[Case], work: Path, failures: list[str]) -> list[Result]:
     """Start registry and daemons, take every measurement, and leave nothing behind."""
-    subjects: list[Subject] = []
-    registry = Registry(work / "registry")
-    try:
+    with contextlib.ExitStack() as stack:
+        registry = Registry(work / "registry")
+        stack.callback(registry.close)
         say("making the images")
         (work / "layers").mkdir()
         images = build(registry.address, work / "layers", wanted_images(cases))
-        subjects.append(Ours(work, registry.address, 1))
+        subjects: list[Subject] = [Ours(work, registry.address, 1)]
         containerd = "" if options.ours else find_containerd()
         if containerd:
             subjects.append(Theirs(work, registry.address, 2, containerd))
         elif not options.ours:
             say("no containerd is installed: this run has nothing to compare with")
+        for subject in subjects:
+            stack.callback(subject.sweep)
+            if options.keep_logs:
+                stack.callback(_keep_log, subject, Path(options.keep_logs))
+        stack.callback(_no_more_signals)
         for subject in subjects:
             say(f"starting {subject.name}: {' '.join(subject.command())}")
             subject.start()
@@ -79,14 +85,17 @@ def measure(options: argparse.Namespace, cases: list[Case], work: Path, failures
             if options.flames:
                 _flame(case, session, Path(options.flames), failures)
         return results
-    finally:
-        for subject in subjects:
-            if options.keep_logs:
-                target = Path(options.keep_logs)
-                target.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(subject.folder / "log", target / f"{subject.name}.log")
-            subject.sweep()
-        registry.close()
+
+
+def _no_more_signals() -> None:
+    """From here on everything is taken away; a second signal must not leave half of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _keep_log(subject: Subject, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(subject.folder / "log", folder / f"{subject.name}.log")
 
 
 def _flame(case: Case, session: Session, folder: Path, failures: list[str]) -> None:

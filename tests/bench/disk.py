@@ -39,6 +39,13 @@ def _journals() -> list[Path]:
         return []
 
 
+def _unmount(folder: Path) -> None:
+    """Unmount at once, or as soon as nothing uses it."""
+    for words in (["umount"], ["umount", "-l"]):
+        if subprocess.run([*words, str(folder)], check=False, capture_output=True).returncode == 0:
+            return
+
+
 @contextlib.contextmanager
 def working_folder(parent: str | None) -> Iterator[Path]:
     """A private folder, gone afterwards; its path is short enough for the sockets below it."""
@@ -58,9 +65,9 @@ def working_folder(parent: str | None) -> Iterator[Path]:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "tmpfs", str(folder / STATE)], check=True)
         yield folder
     finally:
-        subprocess.run(["umount", str(folder / STATE)], check=False, capture_output=True)
+        _unmount(folder / STATE)
         if mounted:
-            subprocess.run(["umount", str(folder)], check=False)
+            _unmount(folder)
         with contextlib.suppress(FileNotFoundError):
             image.unlink()
         shutil.rmtree(folder, ignore_errors=True)
