@@ -162,11 +162,15 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
         core.executors.run_io(core.environments.make_network_namespace, wanted), f"namespaces {pod.id}"
     )
 
+    begun = [made]
+
     async def rest() -> None:
-        await made
+        await asyncio.shield(made)
         faults.point(ENVIRONMENT)
         stage.enter("network" if net else "files")
-        await core.executors.run_io(core.environments.make_rest, wanted)
+        files = core.owner.start(core.executors.run_io(core.environments.make_rest, wanted), f"files {pod.id}")
+        begun.append(files)
+        await asyncio.shield(files)
         if pod.namespaces.pid == pb.POD:
             await ensure_pause(core, pod)
 
@@ -177,7 +181,8 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
     except BaseExceptionGroup as failures:
         raise _first(failures) from failures
     finally:
-        await asyncio.wait((made,))
+        # What a thread has begun it also ends, whoever was called off: the undo must come after it.
+        await asyncio.wait(begun)
     pod.addresses = attached.result()
     faults.point(NETWORK)
 
