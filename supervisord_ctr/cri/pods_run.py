@@ -162,7 +162,7 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
         core.executors.run_io(core.environments.make_network_namespace, wanted), f"namespaces {pod.id}"
     )
 
-    begun = [made]
+    begun: list[asyncio.Task[Any]] = [made]
 
     async def rest() -> None:
         await asyncio.shield(made)
@@ -172,7 +172,9 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
         begun.append(files)
         await asyncio.shield(files)
         if pod.namespaces.pid == pb.POD:
-            await ensure_pause(core, pod)
+            pause = core.owner.start(ensure_pause(core, pod), f"pause {pod.id}")
+            begun.append(pause)
+            await asyncio.shield(pause)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -181,7 +183,7 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
     except BaseExceptionGroup as failures:
         raise _first(failures) from failures
     finally:
-        # What a thread has begun it also ends, whoever was called off: the undo must come after it.
+        # What a thread or the zygote has begun it also ends, whoever was called off: the undo must come after it.
         await asyncio.wait(begun)
     pod.addresses = attached.result()
     faults.point(NETWORK)
