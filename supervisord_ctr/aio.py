@@ -154,8 +154,12 @@ class Executors:
 async def run_in(
     executor: ThreadPoolExecutor, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Run a blocking call on a thread of `executor`."""
-    return await asyncio.get_running_loop().run_in_executor(executor, lambda: call(*args, **kwargs))
+    """Run a blocking call on a thread of `executor`.
+
+    A call that was handed over is made, also when the caller is cancelled before a thread is free: it
+    may be the undo of something.
+    """
+    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(executor, lambda: call(*args, **kwargs)))
 
 
 async def wait_until(condition: Callable[[], bool | Awaitable[bool]], timeout: float, what: str) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, cast
 
@@ -159,13 +160,18 @@ def _wrap(handler: Any, method: str, observe: Observe | None) -> Any:
         inner = getattr(handler, kind)
 
         @functools.wraps(inner)
-        async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def streaming(request: Any, context: Any) -> None:
+            # A coroutine that writes, and no generator: gRPC leaves a generator whose call was cancelled
+            # between two answers to the garbage collector, and what it holds with it.
             failure: BaseException | None = None
             try:
-                async for item in inner(request, context):
-                    yield item
-            except GeneratorExit:
-                raise
+                answers = inner(request, context)
+                if inspect.isawaitable(answers):
+                    await answers  # it writes itself
+                else:
+                    async with contextlib.aclosing(answers):
+                        async for item in answers:
+                            await context.write(item)
             except BaseException as error:
                 failure = error
                 await _fail(context, method, error)

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,7 @@ RENAMED = faults.declare("content.commit.renamed", "the blob has its name, the i
 
 
 class IngestWriter:
-    """Appends to an ingest and commits it as a blob. One thread at a time.
+    """Appends to an ingest and commits it as a blob. Calls from several threads take turns.
 
     Made by `LocalContent.writer`. A context manager: leaving it closes (the bytes stay for a later
     resume), it never aborts. After an error of `write`, `offset` still says exactly what is on disk
@@ -51,6 +52,9 @@ class IngestWriter:
         self._fd = -1
         self._digest = ""
         self._synced = -1
+        # A caller that was cancelled closes while a thread still writes for it: without turns that thread
+        # would write into whatever file gets the number of the descriptor next.
+        self._turn = threading.RLock()
         if not self._resume():
             self._begin()
 
@@ -93,33 +97,35 @@ class IngestWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append all of `data` and hash it; returns its length. ResourceExhausted when the disk is full."""
-        fd = self._open_fd()
         view = memoryview(data)
         length = len(view)
-        while view:
-            try:
-                count = os.write(fd, view)
-            except OSError as error:
-                raise from_os_error(error, f"write ingest {self.ref} at {self.offset} in {self._path}") from error
-            self._hash.update(view[:count])
-            self.offset += count
-            view = view[count:]
-        self._updated = time.time()
+        with self._turn:
+            fd = self._open_fd()
+            while view:
+                try:
+                    count = os.write(fd, view)
+                except OSError as error:
+                    raise from_os_error(error, f"write ingest {self.ref} at {self.offset} in {self._path}") from error
+                self._hash.update(view[:count])
+                self.offset += count
+                view = view[count:]
+            self._updated = time.time()
         return length
 
     def truncate(self, size: int) -> None:
         """Go back to `size` bytes (at most `offset`); the hash is computed again from the start."""
-        fd = self._open_fd()
-        if not 0 <= size <= self.offset:
-            raise OutOfRange(f"ingest {self.ref}: cannot truncate {self.offset} bytes to {size}", key=self.ref)
-        os.ftruncate(fd, size)
-        self._synced = -1
-        os.lseek(fd, 0, os.SEEK_SET)
-        self._hash = hashlib.new(self._algorithm)
-        self.offset = 0
-        while piece := os.read(fd, _CHUNK):
-            self._hash.update(piece)
-            self.offset += len(piece)
+        with self._turn:
+            fd = self._open_fd()
+            if not 0 <= size <= self.offset:
+                raise OutOfRange(f"ingest {self.ref}: cannot truncate {self.offset} bytes to {size}", key=self.ref)
+            os.ftruncate(fd, size)
+            self._synced = -1
+            os.lseek(fd, 0, os.SEEK_SET)
+            self._hash = hashlib.new(self._algorithm)
+            self.offset = 0
+            while piece := os.read(fd, _CHUNK):
+                self._hash.update(piece)
+                self.offset += len(piece)
 
     def fileno(self) -> int:
         """The descriptor of the data, for positional reads of what was written; it stays owned by this object."""
@@ -136,6 +142,10 @@ class IngestWriter:
         the ingest stays. AlreadyExists when the blob exists: the ingest is gone then, and the blob is
         good to use.
         """
+        with self._turn:
+            return self._commit(size, expected)
+
+    def _commit(self, size: int, expected: str) -> str:
         self._open_fd()
         try:
             digest = self._digest = self._settle(size, expected)
@@ -156,8 +166,9 @@ class IngestWriter:
 
     def settle(self, size: int = 0, expected: str = "") -> str:
         """What `commit` would check, without committing: the digest, or its errors; the data are on disk afterwards."""
-        digest = self._settle(size, expected)
-        self._sync()
+        with self._turn:
+            digest = self._settle(size, expected)
+            self._sync()
         return digest
 
     def _sync(self) -> None:
@@ -192,13 +203,14 @@ class IngestWriter:
 
     def close(self) -> None:
         """Let go of `ref` and the file; the ingest stays on disk. Twice is fine."""
-        if self._fd < 0:
-            return
-        try:
-            with contextlib.suppress(OSError):
-                (self._path / "updatedat").write_text(_rfc3339(self._updated))
-        finally:
-            self._finish()
+        with self._turn:
+            if self._fd < 0:
+                return
+            try:
+                with contextlib.suppress(OSError):
+                    (self._path / "updatedat").write_text(_rfc3339(self._updated))
+            finally:
+                self._finish()
 
     def _finish(self) -> None:
         fd, self._fd = self._fd, -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -161,6 +162,29 @@ def test_a_closed_writer_refuses(store: LocalContent) -> None:
         writer.write(b"x")
     with pytest.raises(FailedPrecondition):
         writer.commit()
+
+
+def test_close_waits_for_the_thread_that_still_writes(store: LocalContent, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = store.writer("r")
+    writing, go_on = threading.Event(), threading.Event()
+    write = os.write
+
+    def slow(fd: int, data: memoryview) -> int:
+        writing.set()
+        go_on.wait(10)
+        return write(fd, data[:1])
+
+    monkeypatch.setattr(os, "write", slow)
+    with ThreadPoolExecutor(2) as threads:
+        written = threads.submit(writer.write, b"abc")
+        assert writing.wait(10)
+        closed = threads.submit(writer.close)
+        go_on.set()
+        assert written.result(10) == 3
+        closed.result(10)
+    monkeypatch.undo()
+    assert store.status("r").offset == 3
+    assert not store.held("r")
 
 
 def test_delete(store: LocalContent) -> None:

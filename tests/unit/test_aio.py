@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -132,6 +133,21 @@ async def test_executors_return_values_and_errors() -> None:
     assert await executors.run_io(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         await executors.run_cpu(divmod, 1, 0)
+    executors.close()
+
+
+async def test_a_call_that_was_handed_over_is_made_though_its_caller_is_cancelled() -> None:
+    executors = Executors.create(io=1, cpu=1)
+    free, made = threading.Event(), threading.Event()
+    busy = asyncio.create_task(executors.run_io(free.wait, 10))
+    undo = asyncio.create_task(executors.run_io(made.set))
+    await asyncio.sleep(0)
+    undo.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await undo
+    free.set()
+    assert await busy
+    assert await asyncio.to_thread(made.wait, 10)
     executors.close()
 
 

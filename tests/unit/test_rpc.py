@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,52 @@ class FailingStream(content_pb2_grpc.ContentServicer):
 
     async def Info(self, request: Any, context: Any) -> content_pb2.InfoResponse:
         return content_pb2.InfoResponse(info=content_pb2.Info(digest=rpc.namespace_of(context)))
+
+
+class Endless(content_pb2_grpc.ContentServicer):
+    """Answers more than a client takes; `ended` is set when its generator is."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def Read(self, request: Any, context: Any) -> AsyncIterator[content_pb2.ReadContentResponse]:
+        try:
+            while True:
+                yield content_pb2.ReadContentResponse(data=bytes(1 << 20))
+        finally:
+            self.ended.set()
+
+
+async def test_a_cancelled_stream_lets_go_at_once_of_what_its_handler_holds(tmp_path: Path) -> None:
+    address, endless = tmp_path / "s.sock", Endless()
+    server = rpc.RpcServer(address)
+    server.add("containerd.services.content.v1.Content", content_pb2_grpc.add_ContentServicer_to_server, endless)
+    await server.start()
+    gc.disable()  # the garbage collector would hide a handler that nobody ends
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{address}") as channel:
+            stream = content_pb2_grpc.ContentStub(channel).Read(content_pb2.ReadContentRequest())
+            await stream.read()
+            await asyncio.sleep(0.2)  # the next answers wait for a client that takes them
+            stream.cancel()
+            async with asyncio.timeout(10):
+                await endless.ended.wait()
+    finally:
+        gc.enable()
+    await server.stop(0)
+
+
+async def test_health_is_watched(tmp_path: Path) -> None:
+    address = tmp_path / "s.sock"
+    server = rpc.RpcServer(address)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{address}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await server.set_serving(False)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+    await server.stop(0)
 
 
 async def call(tmp_path: Path, error: BaseException) -> grpc.aio.AioRpcError:
