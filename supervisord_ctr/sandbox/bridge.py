@@ -8,6 +8,7 @@ of its own. Speaks netlink through pyroute2, which is loaded at the first use: i
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import ipaddress
 import json
@@ -40,6 +41,18 @@ class Addresses(Protocol):
     async def release(self, network: str, owner: str) -> None:
         """Give it back; may be repeated."""
         ...
+
+
+def _delete_link(route: Any, name: str) -> None:
+    """Remove an interface, if it is there: the kernel may take it first, with the namespace of its peer."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for index in route.link_lookup(ifname=name):
+        try:
+            route.link("del", index=index)
+        except NetlinkError as error:
+            if error.code != errno.ENODEV:
+                raise
 
 
 def interface_name(owner: str) -> str:
@@ -130,8 +143,7 @@ class EmbeddedBridge:
         fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with IPRoute() as route:
-                for index in route.link_lookup(ifname=name):
-                    route.link("del", index=index)
+                _delete_link(route, name)
                 bridge = route.link_lookup(ifname=self._name)[0]
                 route.link("add", ifname=name, kind="veth", peer={"ifname": peer})
                 route.link("set", index=route.link_lookup(ifname=name)[0], master=bridge, state="up")
@@ -153,8 +165,7 @@ class EmbeddedBridge:
         from pyroute2 import IPRoute
 
         with IPRoute() as route:
-            for index in route.link_lookup(ifname=interface_name(owner)):
-                route.link("del", index=index)
+            _delete_link(route, interface_name(owner))
         self._unmap_ports(owner)
 
     # -- nft -------------------------------------------------------------------------------------------
