@@ -61,10 +61,11 @@ async def _session(url: str, *, stdin: bool, tty: bool, detachable: bool) -> int
     owner = TaskOwner("session")
     left = asyncio.Event()
     try:
+        if tty:
+            await _send_size(command)  # before any input: what is typed ahead meets a terminal of the right size
+            owner.start(_send_sizes(command), "resize")
         if command.stdin is not None:
             owner.start(_send_input(command.stdin, DetachKeys() if detachable else None, left), "stdin")
-        if tty:
-            owner.start(_send_sizes(command), "resize")
         outputs = [
             owner.start(_write_output(stream, descriptor), "output")
             for stream, descriptor in ((command.stdout, 1), (command.stderr, 2)) if stream is not None
@@ -145,16 +146,19 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view):]
 
 
+async def _send_size(command: client.Command) -> None:
+    width, height = terminal.size(0)
+    if width and height:
+        await command.send_resize(width, height)
+
+
 async def _send_sizes(command: client.Command) -> None:
     changed = asyncio.Event()
-    changed.set()
     asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, changed.set)
     while True:
         await changed.wait()
         changed.clear()
-        width, height = terminal.size(0)
-        if width and height:
-            await command.send_resize(width, height)
+        await _send_size(command)
 
 
 # -- port-forward --------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def test_exec_on_a_terminal(pod: Pod, container: str) -> None:
     termios.tcsetwinsize(slave, (33, 101))
     before = termios.tcgetattr(slave)
     process = subprocess.Popen(
-        command(pod, "exec", "-it", container, "sh", "-c", "read x; stty size; echo got $x; exit 9"),
+        command(pod, "exec", "-it", container, "sh", "-c",
+                # The protocol does not order the size before the input, nor does any peer.
+                "read x; until stty size; do usleep 50000; done 2>/dev/null; echo got $x; exit 9"),
         stdin=slave, stdout=slave, stderr=slave,
     )
     wait_until(lambda: not termios.tcgetattr(slave)[3] & termios.ICANON, "raw terminal", LIMIT)
