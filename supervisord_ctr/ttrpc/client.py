@@ -1,6 +1,6 @@
 """A ttrpc client on asyncio: calls and streams side by side on one connection.
 
-Owns the connection and its reader task. When the connection ends, every call that waits fails with
+Owns the calls that wait for an answer. When the connection ends, every call that waits fails with
 `Unavailable` and `wait_closed` returns: that is how a daemon learns that a shim died.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from supervisord_ctr import errors
-from supervisord_ctr.aio import TaskOwner
 from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.ttrpc import wire
+from supervisord_ctr.ttrpc.framed import Framed
 
 M = TypeVar("M", bound=Message)
 
@@ -76,19 +76,16 @@ class Stream:
         self._client._streams.pop(self._number, None)
 
 
-class Client:
+class Client(Framed):
     """One connection. Make it with `connect`; `close` it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, name: str) -> None:
+        super().__init__()
         self._name = name
         self._next = 1
         self._calls: dict[int, asyncio.Future[wire.Frame]] = {}
         self._streams: dict[int, Stream] = {}
         self._closed = asyncio.Event()
-        self._owner = TaskOwner(f"ttrpc {name}")
-        self._owner.start(self._read(), "reader")
 
     @classmethod
     async def connect(cls, target: str | socket.socket) -> Client:
@@ -96,14 +93,13 @@ class Client:
 
         `Unavailable` when nobody listens there.
         """
+        loop = asyncio.get_running_loop()
         try:
             if isinstance(target, socket.socket):
                 target.setblocking(False)
-                reader, writer = await asyncio.open_unix_connection(sock=target, limit=1 << 18)
-                return cls(reader, writer, "socket")
+                return (await loop.create_unix_connection(lambda: cls("socket"), sock=target))[1]
             path = wire.socket_path(target)
-            reader, writer = await asyncio.open_unix_connection(path, limit=1 << 18)
-            return cls(reader, writer, path)
+            return (await loop.create_unix_connection(lambda: cls(path), path))[1]
         except OSError as error:
             raise errors.Unavailable(f"ttrpc socket {target}: {(error.strerror or str(error)).lower()}") from error
 
@@ -130,9 +126,13 @@ class Client:
         frame = wire.pack(number, wire.REQUEST, 0, _request(service, method, request, timeout, metadata))
         self._calls[number] = future
         try:
-            async with asyncio.timeout(timeout):
+            if timeout is None:
                 await self._write(frame)
                 answer = await future
+            else:
+                async with asyncio.timeout(timeout):
+                    await self._write(frame)
+                    answer = await future
         except TimeoutError:
             raise errors.DeadlineExceeded(f"{service}/{method}: no answer within {timeout:g} s") from None
         finally:
@@ -161,31 +161,21 @@ class Client:
         return number
 
     async def _write(self, data: bytes) -> None:
-        if self._closed.is_set():
+        if not await self._send(data):
             raise errors.Unavailable(f"ttrpc connection to {self._name} is closed")
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except (ConnectionError, RuntimeError) as error:
-            raise errors.Unavailable(f"ttrpc connection to {self._name}: {error}") from error
 
-    async def _read(self) -> None:
-        try:
-            while (frame := await wire.read_frame(self._reader)) is not None:
-                stream = self._streams.get(frame.stream)
-                if stream is not None:
-                    stream._put(frame)
-                    continue
-                future = self._calls.get(frame.stream)
-                if future is not None and not future.done() and frame.kind == wire.RESPONSE:
-                    future.set_result(frame)
-        except wire.ProtocolError as error:
-            self._end(errors.Unavailable(f"ttrpc connection to {self._name}: {error}"))
-        finally:
-            self._end(errors.Unavailable(f"ttrpc connection to {self._name} is closed"))
+    def _take(self, frame: wire.Frame) -> None:
+        stream = self._streams.get(frame.stream)
+        if stream is not None:
+            stream._put(frame)
+            return
+        future = self._calls.get(frame.stream)
+        if future is not None and not future.done() and frame.kind == wire.RESPONSE:
+            future.set_result(frame)
 
-    def _end(self, error: errors.Error) -> None:
+    def _lost(self, reason: str) -> None:
         self._closed.set()
+        error = errors.Unavailable(f"ttrpc connection to {self._name}" + (f": {reason}" if reason else " is closed"))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
@@ -193,12 +183,12 @@ class Client:
         for stream in list(self._streams.values()):
             stream._put(None)
         self._streams.clear()
-        self._writer.close()
 
     async def close(self) -> None:
         """End the connection; calls that wait fail with `Unavailable`."""
-        await self._owner.close()
-        self._end(errors.Unavailable(f"ttrpc connection to {self._name} is closed"))
+        self._finish("")
+        self.hang_up()
+        await asyncio.sleep(0)  # the transport lets go of its socket in the loop's next round
 
     async def __aenter__(self) -> Client:
         return self

@@ -1,8 +1,9 @@
 """A ttrpc server on asyncio, and the one adapter from `errors` to ttrpc statuses.
 
-Owns connections and the tasks that answer on them. What a peer sends can end its own connection,
-never the server. Every request runs as a task of its connection: when the connection ends, unary
-requests run on (a client that hangs up never leaves half a container), streams are cancelled.
+Owns connections and the tasks that answer on them; `framed` moves the bytes. What a peer sends can
+end its own connection, never the server. Every request runs as a task of its connection: when the
+connection ends, unary requests run on (a client that hangs up never leaves half a container),
+streams are cancelled.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from supervisord_ctr import errors
 from supervisord_ctr.aio import TaskOwner, wait_until
 from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.ttrpc import wire
+from supervisord_ctr.ttrpc.framed import Framed
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,6 @@ class Server:
     def __init__(self, services: Services, *, check_peer: bool = True) -> None:
         self._services = services
         self._check_peer = check_peer
-        self._accepted: set[asyncio.Task[None]] = set()
         self._calls = TaskOwner("ttrpc calls")
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: set[_Connection] = set()
@@ -75,40 +76,25 @@ class Server:
     async def serve(self, listener: socket.socket) -> None:
         """Start to accept on a listening Unix socket; returns at once."""
         listener.setblocking(False)
-        self._servers.append(await asyncio.start_unix_server(self._accept, sock=listener, limit=1 << 18))
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_unix_server(self._connection, sock=listener))
 
     async def attend(self, connection: socket.socket) -> None:
         """Serve one connected Unix socket until it ends."""
         connection.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=1 << 18)
-        await self._accept(reader, writer)
+        made = (await asyncio.get_running_loop().create_unix_connection(self._connection, sock=connection))[1]
+        try:
+            await made.ended()
+        finally:
+            made.hang_up()
+
+    def _connection(self) -> _Connection:
+        return _Connection(self._services, self._calls, self._connections, check_peer=self._check_peer)
 
     @property
     def connections(self) -> int:
         """Open connections."""
         return len(self._connections)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task: asyncio.Task[None] | None = asyncio.current_task()
-        assert task is not None
-        self._accepted.add(task)
-        try:
-            if self._check_peer and not is_trusted_peer(writer.get_extra_info("socket")):
-                log.warning("refused a ttrpc connection of another user")
-                return
-            connection = _Connection(self._services, reader, writer, self._calls)
-            self._connections.add(connection)
-            try:
-                await connection.run()
-            finally:
-                self._connections.discard(connection)
-        except (wire.ProtocolError, OSError) as error:
-            log.debug("ttrpc connection ended: %s", error)
-        except asyncio.CancelledError:
-            log.debug("ttrpc connection cancelled")
-        finally:
-            self._accepted.discard(task)
-            writer.close()
 
     async def wait_idle(self, timeout: float) -> None:
         """Return when no request runs, or after `timeout` seconds."""
@@ -120,78 +106,105 @@ class Server:
         for server in self._servers:
             server.close()
         await self._calls.close()
-        for connection in list(self._connections):
-            connection.abort()
-        for task in list(self._accepted):
-            task.cancel()
-        await asyncio.gather(*self._accepted, return_exceptions=True)
+        for hang_up in (_Connection.hang_up, _Connection.abort):
+            for connection in list(self._connections):
+                hang_up(connection)
+            await asyncio.sleep(0)  # transports let go of their sockets in the loop's next round
 
 
-class _Connection:
+class _Connection(Framed):
     def __init__(
-        self, services: Services, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, calls: TaskOwner
+        self, services: Services, calls: TaskOwner, connections: set[_Connection], *, check_peer: bool
     ) -> None:
+        super().__init__()
         self._services = services
-        self._reader = reader
-        self._writer = writer
         self._calls = calls
+        self._connections = connections
+        self._check_peer = check_peer
         self._streams: dict[int, asyncio.Queue[wire.Frame | None]] = {}
         self._stream_tasks: dict[int, asyncio.Task[None]] = {}
         self._running = 0
-        self._room = asyncio.Event()
-        self._room.set()
         self._last = 0
+        self._end: asyncio.Future[None] | None = None
 
-    def abort(self) -> None:
-        self._writer.close()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self._check_peer and not is_trusted_peer(transport.get_extra_info("socket")):
+            log.warning("refused a ttrpc connection of another user")
+            self._finish("refused")
+            self.abort()
+            return
+        self._connections.add(self)
 
-    async def run(self) -> None:
-        try:
-            while (frame := await wire.read_frame(self._reader)) is not None:
-                await self._take(frame)
-        finally:
-            for task in self._stream_tasks.values():
-                task.cancel()
+    async def ended(self) -> None:
+        """Return when the connection is over."""
+        if not self._over:
+            self._end = asyncio.get_running_loop().create_future()
+            await self._end
 
-    async def _take(self, frame: wire.Frame) -> None:
+    def _lost(self, reason: str) -> None:
+        if reason:
+            log.debug("ttrpc connection ended: %s", reason)
+        for task in self._stream_tasks.values():
+            task.cancel()
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._connections.discard(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._relieve()
+
+    def _relieve(self) -> None:
+        """Read on when there is room again for what may come."""
+        if self._held and not self._over and not self._clogged and self._running < MAX_RUNNING and all(
+            queue.qsize() < _STREAM_BACKLOG for queue in self._streams.values()
+        ):
+            self._release()
+
+    def _take(self, frame: wire.Frame) -> None:
         if frame.kind == wire.DATA:
             queue = self._streams.get(frame.stream)
-            if queue is not None and (frame.error is None):
-                await queue.put(frame)
+            if queue is not None and frame.error is None:
+                queue.put_nowait(frame)
+                if queue.qsize() >= _STREAM_BACKLOG:
+                    self._hold()
             elif queue is None and frame.stream > self._last:
-                await self._fail(frame.stream, errors.InvalidArgument("stream is not open"))
+                self._fail(frame.stream, errors.InvalidArgument("stream is not open"))
             return
         if frame.kind != wire.REQUEST:
             return
         if frame.stream % 2 == 0:
-            await self._fail(frame.stream, errors.InvalidArgument("stream id must be odd for client initiated streams"))
+            self._fail(frame.stream, errors.InvalidArgument("stream id must be odd for client initiated streams"))
             return
         if frame.stream in self._streams:
-            await self._fail(frame.stream, errors.InvalidArgument("stream id in use"))
+            self._fail(frame.stream, errors.InvalidArgument("stream id in use"))
             return
         self._last = max(self._last, frame.stream)
         if frame.error is not None:
-            await self._fail(frame.stream, frame.error)
+            self._fail(frame.stream, frame.error)
             return
-        await self._start(frame)
+        self._start(frame)
 
-    async def _start(self, frame: wire.Frame) -> None:
+    def _start(self, frame: wire.Frame) -> None:
         try:
             request = shim_pb2.Request.FromString(frame.data)
         except DecodeError as error:
-            await self._fail(frame.stream, errors.InvalidArgument(f"request cannot be decoded: {error}"))
+            self._fail(frame.stream, errors.InvalidArgument(f"request cannot be decoded: {error}"))
             return
         method = self._services.get(request.service, {}).get(request.method)
         if method is None:
             missing = "service" if request.service not in self._services else "method"
-            await self._fail(
+            self._fail(
                 frame.stream, errors.Unimplemented(f"{missing} {request.service}/{request.method} is not offered")
             )
             return
-        await self._room.wait()
         self._running += 1
         if self._running >= MAX_RUNNING:
-            self._room.clear()
+            self._hold()
         metadata: dict[str, list[str]] = {}
         for pair in request.metadata:
             metadata.setdefault(pair.key.lower(), []).append(pair.value)
@@ -200,7 +213,7 @@ class _Connection:
         if isinstance(method, Method):
             self._calls.start(self._unary(frame.stream, method, request, context), request.method)
             return
-        queue: asyncio.Queue[wire.Frame | None] = asyncio.Queue(_STREAM_BACKLOG)
+        queue: asyncio.Queue[wire.Frame | None] = asyncio.Queue()
         self._streams[frame.stream] = queue
         if request.payload or frame.flags & wire.REMOTE_CLOSED:
             queue.put_nowait(wire.Frame(frame.stream, wire.DATA, 0, request.payload))
@@ -211,20 +224,23 @@ class _Connection:
 
     def _done(self) -> None:
         self._running -= 1
-        self._room.set()
+        self._relieve()
 
     async def _unary(self, stream: int, method: Method, request: shim_pb2.Request, context: Context) -> None:
         response = shim_pb2.Response()
         try:
             message = method.request.FromString(request.payload)
-            async with asyncio.timeout(context.timeout):
+            if context.timeout is None:
                 answer = await method.handler(message, context)
+            else:
+                async with asyncio.timeout(context.timeout):
+                    answer = await method.handler(message, context)
             response.payload = answer.SerializeToString()
         except Exception as error:  # the one adapter from errors to statuses
             _set_status(response, error, request)
         finally:
             self._done()
-        await self._respond(stream, response)
+        await self._send(_packed(stream, response))
 
     async def _stream(
         self, stream: int, method: StreamMethod, queue: asyncio.Queue[wire.Frame | None], context: Context
@@ -232,49 +248,46 @@ class _Connection:
         response = shim_pb2.Response()
         try:
             async with asyncio.timeout(context.timeout):
-                async for message in method.handler(_messages(queue, method.request), context):
-                    await self._write(wire.pack(stream, wire.DATA, 0, message.SerializeToString()))
+                async for message in method.handler(self._messages(queue, method.request), context):
+                    await self._send(wire.pack(stream, wire.DATA, 0, message.SerializeToString()))
         except Exception as error:  # the one adapter from errors to statuses
             _set_status(response, error, None)
         finally:
-            self._done()
             self._streams.pop(stream, None)
             self._stream_tasks.pop(stream, None)
+            self._done()
         if response.HasField("status"):
-            await self._respond(stream, response)
+            await self._send(_packed(stream, response))
         else:
-            await self._write(wire.pack(stream, wire.DATA, wire.REMOTE_CLOSED | wire.NO_DATA, b""))
+            await self._send(wire.pack(stream, wire.DATA, wire.REMOTE_CLOSED | wire.NO_DATA, b""))
 
-    async def _fail(self, stream: int, error: errors.Error) -> None:
+    async def _messages(
+        self, queue: asyncio.Queue[wire.Frame | None], kind: type[Message]
+    ) -> AsyncIterator[Message]:
+        while (frame := await queue.get()) is not None:
+            self._relieve()
+            if not frame.flags & wire.NO_DATA:
+                yield kind.FromString(frame.data)
+            if frame.flags & wire.REMOTE_CLOSED:
+                return
+
+    def _fail(self, stream: int, error: errors.Error) -> None:
+        """Answer without a task; a peer that does not read such answers is not read from either."""
         response = shim_pb2.Response()
         _set_status(response, error, None)
-        await self._respond(stream, response)
-
-    async def _respond(self, stream: int, response: shim_pb2.Response) -> None:
-        try:
-            data = wire.pack(stream, wire.RESPONSE, 0, response.SerializeToString())
-        except errors.ResourceExhausted as error:
-            replacement = shim_pb2.Response()
-            _set_status(replacement, error, None)
-            data = wire.pack(stream, wire.RESPONSE, 0, replacement.SerializeToString())
-        await self._write(data)
-
-    async def _write(self, data: bytes) -> None:
-        if self._writer.is_closing():
-            return
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except (ConnectionError, RuntimeError) as error:
-            log.debug("ttrpc peer is gone: %s", error)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(_packed(stream, response))
+        if self._clogged:
+            self._hold()
 
 
-async def _messages(queue: asyncio.Queue[wire.Frame | None], kind: type[Message]) -> AsyncIterator[Message]:
-    while (frame := await queue.get()) is not None:
-        if not frame.flags & wire.NO_DATA:
-            yield kind.FromString(frame.data)
-        if frame.flags & wire.REMOTE_CLOSED:
-            return
+def _packed(stream: int, response: shim_pb2.Response) -> bytes:
+    try:
+        return wire.pack(stream, wire.RESPONSE, 0, response.SerializeToString())
+    except errors.ResourceExhausted as error:
+        replacement = shim_pb2.Response()
+        _set_status(replacement, error, None)
+        return wire.pack(stream, wire.RESPONSE, 0, replacement.SerializeToString())
 
 
 def _set_status(response: shim_pb2.Response, error: Exception, request: shim_pb2.Request | None) -> None:

@@ -56,6 +56,15 @@ class Echo:
             yield StringValue(value=request.value * 2)
 
 
+async def read_frame(reader: asyncio.StreamReader) -> wire.Frame | None:
+    """What a client that shares no code with ours would read; None at the end."""
+    try:
+        length, stream, kind, flags = struct.unpack(">IIBB", await reader.readexactly(10))
+        return wire.Frame(stream, kind, flags, await reader.readexactly(length))
+    except asyncio.IncompleteReadError:
+        return None
+
+
 @contextlib.asynccontextmanager
 async def running(path: Path) -> AsyncIterator[tuple[Echo, Client]]:
     echo = Echo()
@@ -114,7 +123,7 @@ async def test_both_sides_keep_the_deadline(tmp_path: Path) -> None:
         raw = shim_pb2.Request(service=SERVICE, method="Hang", timeout_nano=1)
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
         writer.write(wire.pack(1, wire.REQUEST, 0, raw.SerializeToString()))
-        frame = await wire.read_frame(reader)
+        frame = await read_frame(reader)
         assert frame is not None
         assert shim_pb2.Response.FromString(frame.data).status.code == errors.Code.DEADLINE_EXCEEDED
         writer.close()
@@ -136,12 +145,12 @@ async def test_an_oversized_request_is_skipped_and_answered(tmp_path: Path) -> N
     async with running(tmp_path):
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
         writer.write(wire.HEADER.pack(wire.MAX_MESSAGE + 10, 1, wire.REQUEST, 0) + bytes(wire.MAX_MESSAGE + 10))
-        frame = await wire.read_frame(reader)
+        frame = await read_frame(reader)
         assert frame is not None
         assert shim_pb2.Response.FromString(frame.data).status.code == errors.Code.RESOURCE_EXHAUSTED
         request = shim_pb2.Request(service=SERVICE, method="Say", payload=StringValue(value="after").SerializeToString())
         writer.write(wire.pack(3, wire.REQUEST, 0, request.SerializeToString()))
-        frame = await wire.read_frame(reader)
+        frame = await read_frame(reader)
         assert frame is not None
         assert frame.stream == 3
         assert StringValue.FromString(shim_pb2.Response.FromString(frame.data).payload).value == "after"
@@ -163,6 +172,52 @@ async def test_a_stream_both_ways(tmp_path: Path) -> None:
         once = await client.stream(SERVICE, "Double", StringValue, request=StringValue(value="c"))
         assert (await once.receive()).value == "cc"
         assert await once.receive() is None
+
+
+async def test_a_slow_stream_holds_its_sender_and_loses_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as (_, client):
+        stream = await client.stream(SERVICE, "Double", StringValue)
+        count, word = 2000, "x" * 1000
+        for number in range(count):
+            await stream.send(StringValue(value=f"{number}{word}"))
+        await stream.close_send()
+        for number in range(count):
+            assert (await stream.receive()).value == f"{number}{word}" * 2
+        assert await stream.receive() is None
+
+
+async def test_a_peer_that_reads_no_answers_is_not_read_from(tmp_path: Path) -> None:
+    async with running(tmp_path) as (_, client):
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.connect(str(tmp_path / "s"))
+            deaf.setblocking(False)
+            wrong = wire.pack(2, wire.REQUEST, 0, b"") * 1000
+            loop = asyncio.get_running_loop()
+            with pytest.raises(TimeoutError):
+                for _ in range(10_000):
+                    await asyncio.wait_for(loop.sock_sendall(deaf, wrong), 1)
+        assert (await client.call(SERVICE, "Say", StringValue(value="alive"), StringValue)).value == "alive"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 7), st.binary(max_size=300)),
+             max_size=8),
+    st.data(),
+)
+def test_frames_come_out_however_their_bytes_come_in(
+    frames: list[tuple[int, int, int, bytes]], data: st.DataObject,
+) -> None:
+    rest = b"".join(wire.pack(*frame) for frame in frames)
+    parser, found = wire.Parser(), []
+    while rest:
+        count = data.draw(st.integers(1, len(rest)))
+        parser.feed(rest[:count])
+        rest = rest[count:]
+        while (frame := parser.next()) is not None:
+            found.append(frame[:4])
+    assert found == frames
+    assert not parser.inside
 
 
 async def test_the_end_of_the_connection_fails_what_waits(tmp_path: Path) -> None:
