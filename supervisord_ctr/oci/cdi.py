@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ class Registry:
         wanted = list(names)
         missing = [name for name in wanted if name not in self._devices or name in self._conflicts]
         if missing:
-            raise NotFound(f"unresolvable CDI devices {', '.join(missing)}", kind="cdi", key=missing[0])
+            told = ", ".join(missing)
+            raise NotFound(f"CDI device injection failed: unresolvable CDI devices {told}", kind="cdi", key=missing[0])
         applied: set[str] = set()
         for name in wanted:
             _, path, entry = self._devices[name]
@@ -123,15 +125,13 @@ def _parse(path: Path) -> Mapping[str, Any]:
 def apply_edits(builder: SpecBuilder, edits: Mapping[str, Any]) -> None:
     """Apply one `containerEdits` object to a spec."""
     builder.with_env(edits.get("env") or ())
+    user = builder.process.get("user") or {}
     for node in edits.get("deviceNodes") or ():
-        builder.with_devices([_node(node)], node.get("permissions") or "rwm")
-    builder.with_mounts(
-        {
-            "destination": entry["containerPath"], "source": entry["hostPath"],
-            "type": entry.get("type") or "bind", "options": list(entry.get("options") or ("rbind",)),
-        }
-        for entry in edits.get("mounts") or ()
-    )
+        builder.with_devices([_node(node, user)], node.get("permissions") or "rwm")
+    for interface in edits.get("netDevices") or ():
+        named = {"name": interface["name"]} if interface.get("name") else {}
+        builder.linux.setdefault("netDevices", {})[interface["hostInterfaceName"]] = named
+    _mounts(builder, edits.get("mounts") or ())
     hooks = builder.spec.setdefault("hooks", {}) if edits.get("hooks") else {}
     for hook in edits.get("hooks") or ():
         if hook.get("hookName") not in _HOOKS:
@@ -140,8 +140,7 @@ def apply_edits(builder: SpecBuilder, edits: Mapping[str, Any]) -> None:
         hooks.setdefault(hook["hookName"], []).append(stated)
     gids = [gid for gid in edits.get("additionalGids") or () if gid]
     if gids:
-        user = builder.process.setdefault("user", {"uid": 0, "gid": 0})
-        present = user.setdefault("additionalGids", [])
+        present = builder.process.setdefault("user", {"uid": 0, "gid": 0}).setdefault("additionalGids", [])
         present.extend(gid for gid in gids if gid not in present)
     rdt = edits.get("intelRdt")
     if rdt:
@@ -149,18 +148,40 @@ def apply_edits(builder: SpecBuilder, edits: Mapping[str, Any]) -> None:
         builder.linux["intelRdt"] = {key: rdt[key] for key in words if rdt.get(key)}
 
 
-def _node(node: Mapping[str, Any]) -> devices.Device:
-    """The device of a `deviceNodes` entry; what it leaves out comes from the host's node."""
-    path = node["path"]
-    host = node.get("hostPath") or path
-    if node.get("type") and node.get("major") is not None and node.get("minor") is not None:
-        kind, major, minor, mode = node["type"], node["major"], node["minor"], 0o666
-        owner = (0, 0)
-    else:
-        found = devices.from_path(host, follow=True)
-        kind, major, minor, mode = found.kind, found.major, found.minor, found.mode
-        owner = (found.uid, found.gid)
+def _mounts(builder: SpecBuilder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Put mounts in the place of those that are there, and all of them in an order in which none hides another."""
+    if not entries:
+        return
+    builder.without_mounts(*(entry["containerPath"] for entry in entries))
+    builder.with_mounts(
+        {
+            "destination": entry["containerPath"], "source": entry["hostPath"],
+            "type": entry.get("type") or "bind", "options": list(entry.get("options") or ("rbind",)),
+        }
+        for entry in entries
+    )
+    builder.spec["mounts"].sort(key=lambda entry: posixpath.normpath(entry["destination"]).rstrip("/").count("/"))
+
+
+def _node(node: Mapping[str, Any], user: Mapping[str, Any]) -> devices.Device:
+    """The device of a `deviceNodes` entry; what it leaves out of the device comes from the host's node.
+
+    Its owner is the container's user unless it states one: the host's owner means nothing in there.
+    """
+    path, kind = node["path"], node.get("type") or ""
+    whole = bool(kind) and (bool(node.get("major")) or kind == "p")
+    major, minor, mode = node.get("major") or 0, node.get("minor") or 0, node.get("fileMode")
+    if not whole or mode is None:
+        try:
+            found = devices.from_path(node.get("hostPath") or path, follow=True)
+        except InvalidArgument:
+            if not whole:
+                raise
+        else:
+            mode = found.mode if mode is None else mode
+            if not whole:
+                kind, major, minor = found.kind, found.major, found.minor
     return devices.Device(
-        path, "c" if kind == "u" else kind, major, minor, node.get("fileMode") or mode,
-        node.get("uid", owner[0]), node.get("gid", owner[1]),
+        path, "c" if kind == "u" else kind, major, minor, 0o666 if mode is None else mode,
+        node.get("uid", user.get("uid", 0)), node.get("gid", user.get("gid", 0)),
     )

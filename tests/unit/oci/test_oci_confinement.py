@@ -159,6 +159,36 @@ def test_cdi_devices_are_injected(folders: tuple[Path, Path]) -> None:
     assert builder.process["user"]["additionalGids"] == [44]
 
 
+def test_cdi_mounts_replace_and_hide_nothing() -> None:
+    builder = SpecBuilder("n", "c")
+    builder.with_mounts([
+        {"destination": "/usr/lib/x", "type": "bind", "source": "/x", "options": []},
+        {"destination": "/etc/one", "type": "bind", "source": "/old", "options": []},
+    ])
+    cdi.apply_edits(builder, {"mounts": [
+        {"hostPath": "/usr-of-vendor", "containerPath": "/usr", "options": ["ro"]},
+        {"hostPath": "/new", "containerPath": "/etc/one/"},
+    ], "netDevices": [{"hostInterfaceName": "eth7", "name": "fast0"}, {"hostInterfaceName": "eth8"}]})
+    places = [entry["destination"] for entry in builder.spec["mounts"]]
+    assert places.index("/usr") < places.index("/usr/lib/x")
+    assert [entry["source"] for entry in builder.spec["mounts"] if entry["destination"].startswith("/etc/one")] == ["/new"]
+    assert builder.linux["netDevices"] == {"eth7": {"name": "fast0"}, "eth8": {}}
+
+
+def test_cdi_devices_belong_to_the_containers_user_unless_they_say_otherwise() -> None:
+    builder = SpecBuilder("n", "c")
+    builder.process["user"] = {"uid": 1000, "gid": 50}
+    cdi.apply_edits(builder, {"deviceNodes": [
+        {"path": "/dev/a", "hostPath": "/dev/null"}, {"path": "/dev/b", "hostPath": "/dev/null", "uid": 7, "gid": 8},
+        {"path": "/dev/c", "type": "c", "major": 195, "minor": 3}, {"path": "/dev/d", "type": "u", "major": 1, "minor": 5},
+    ]})
+    made = {entry["path"]: entry for entry in builder.linux["devices"]}
+    assert (made["/dev/a"]["uid"], made["/dev/a"]["gid"], made["/dev/a"]["fileMode"]) == (1000, 50, 0o666)
+    assert (made["/dev/b"]["uid"], made["/dev/b"]["gid"]) == (7, 8)
+    assert (made["/dev/c"]["major"], made["/dev/c"]["minor"], made["/dev/c"]["fileMode"]) == (195, 3, 0o666)
+    assert made["/dev/d"]["type"] == "c"
+
+
 def test_cdi_tells_every_missing_device(folders: tuple[Path, Path]) -> None:
     with pytest.raises(NotFound, match="acme.com/gpu=7, acme.com/gpu=8"):
         cdi.Registry(folders).load().inject(SpecBuilder("n", "c"), ["acme.com/gpu=7", "acme.com/gpu=0", "acme.com/gpu=8"])
