@@ -94,9 +94,8 @@ def build(what: Build) -> SpecBuilder:
         builder.with_oom_score(what.config.linux.resources.oom_score_adj)
     builder.with_cgroup(cgroup_path(what.pod.linux.cgroup_parent, what.container_id, what.namespace, what.systemd))
     _annotations(builder, what)
-    if what.config.CDI_devices or _cdi_annotations(what.config):
-        names = [device.name for device in what.config.CDI_devices] or _cdi_annotations(what.config)
-        cdi.Registry(what.cdi_folders).load().inject(builder, names)
+    if devices_of_vendors := cdi_devices(what.config):
+        cdi.Registry(what.cdi_folders).load().inject(builder, devices_of_vendors)
     return builder
 
 
@@ -243,15 +242,24 @@ def _huge_pages_controlled() -> bool:
 
 
 def cgroup_path(parent: str, container_id: str, namespace: str, systemd: bool) -> str:
-    """The cgroup as the OCI runtime takes it: a path, or "slice:prefix:name" below a slice."""
+    """The cgroup as the OCI runtime takes it: a path, or "slice:prefix:name" with the systemd driver.
+
+    Raises `InvalidArgument` for the parent of the other driver: the limits of a pod would be set on one
+    group while its containers are in another.
+    """
     check_line(parent, "cgroup parent")
     if ".." in parent.split("/"):
         raise errors.InvalidArgument(f"cgroup parent {parent!r} must not hold '..'", kind="cgroup", key=parent)
     last = posixpath.basename(parent.rstrip("/"))
-    if last.endswith(".slice"):
-        return f"{last}:cri-containerd:{container_id}"
+    is_slice = last.endswith(".slice")
+    if parent.strip("/") and is_slice != systemd:
+        driver, shape = ("systemd", "the name of a slice") if systemd else ("cgroupfs", "a path and no slice")
+        raise errors.InvalidArgument(
+            f"cgroup parent {parent!r} must be {shape}: containers of this runtime handler use the {driver} driver",
+            kind="cgroup", key=parent,
+        )
     if systemd:
-        return f"system.slice:cri-containerd:{container_id}"
+        return f"{last or 'system.slice'}:cri-containerd:{container_id}"
     if parent:
         return posixpath.join("/", parent.lstrip("/"), container_id)
     return f"/{namespace}/{container_id}"
@@ -266,10 +274,16 @@ def _annotations(builder: SpecBuilder, what: Build) -> None:
     builder.with_annotations(found)
 
 
-def _cdi_annotations(config: pb.ContainerConfig) -> list[str]:
-    """Device names in annotations "cdi.k8s.io/…", the way of asking before CRI had a field."""
-    found: list[str] = []
+def cdi_devices(config: pb.ContainerConfig) -> list[str]:
+    """Names of CDI devices, each once: those of the field, then those of annotations "cdi.k8s.io/…", the older way.
+
+    Raises `InvalidArgument` for what is no full name.
+    """
+    found = [device.name for device in config.CDI_devices]
     for key, value in sorted(config.annotations.items()):
         if key.startswith("cdi.k8s.io/"):
-            found += [name.strip() for name in value.split(",") if name.strip()]
-    return found
+            found += [name.strip() for name in value.split(",")]
+    for name in found:
+        if not cdi.is_name(name):
+            raise errors.InvalidArgument(f"invalid CDI device reference {name!r}", kind="cdi", key=name)
+    return list(dict.fromkeys(found))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import time
 from typing import Any
@@ -18,7 +19,7 @@ from google.protobuf import json_format
 
 from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import bandwidth, ids, userns
+from supervisord_ctr.cri import bandwidth, container_spec, ids, userns
 from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.core import Core, Stage, all_of
 from supervisord_ctr.cri.pods_pause import ensure_pause, watch_pause
@@ -30,6 +31,9 @@ from supervisord_ctr.sandbox.environment import Wanted
 from supervisord_ctr.sandbox.files import Dns
 
 log = logging.getLogger(__name__)
+
+#: There where systemd is the init system (sd_booted(3)).
+_SYSTEMD_RUNS = "/run/systemd/system"
 
 ENVIRONMENT = faults.declare("cri.pod.environment", "the pod's namespaces are pinned, its network is not attached")
 NETWORK = faults.declare("cri.pod.network", "the pod's network is attached, the pod is not recorded")
@@ -78,6 +82,17 @@ def wanted_environment(pod_id: str, config: pb.PodSandboxConfig) -> Wanted:
     )
     wanted.check()
     return wanted
+
+
+def check_cgroups(core: Core, pod_id: str, request: pb.RunPodSandboxRequest) -> None:
+    """Raise now what would keep every container of the pod from starting."""
+    systemd = core.systemd_cgroups(request.runtime_handler)
+    container_spec.cgroup_path(request.config.linux.cgroup_parent, pod_id, CRI_NAMESPACE, systemd)
+    if systemd and not os.path.isdir(_SYSTEMD_RUNS):
+        raise errors.FailedPrecondition(
+            "containers of this runtime handler use the systemd cgroup driver, but systemd does not run on this host",
+            kind="runtime handler", key=request.runtime_handler,
+        )
 
 
 def network_request(core: Core, pod_id: str, config: pb.PodSandboxConfig) -> cni.Request:
@@ -132,6 +147,7 @@ async def _run(core: Core, name: str, request: pb.RunPodSandboxRequest) -> str:
     handler, _ = core.handler(request.runtime_handler)
     pod_id = ids.new_id()
     wanted = wanted_environment(pod_id, request.config)
+    check_cgroups(core, pod_id, request)
     pod = Pod(pod_id, name, pb.PodSandboxConfig(), request.runtime_handler, runtime=handler)
     pod.config.CopyFrom(request.config)
     if pod.config.linux.HasField("resources"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -133,8 +134,10 @@ def pod_group(pod: Pod) -> cgroups.Cgroup | None:
     parent = pod.config.linux.cgroup_parent
     if not parent:
         return None
-    last = parent.rstrip("/").rpartition("/")[2]
-    return cgroups.at(cgroups.systemd_path(last, "", last) if last.endswith(".slice") and "/" not in parent else parent)
+    if parent.endswith(".slice") and "/" not in parent:
+        # A slice is below the slices that its name begins with.
+        return cgroups.at(os.path.dirname(cgroups.systemd_path(parent, "", "any")))
+    return cgroups.at(parent)
 
 
 @dataclass(frozen=True)

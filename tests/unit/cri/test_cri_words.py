@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import bandwidth, container_create, container_rootfs, container_spec, ids, signals, userns
+from supervisord_ctr.cri import (
+    bandwidth,
+    container_create,
+    container_rootfs,
+    container_spec,
+    ids,
+    signals,
+    stats,
+    userns,
+)
 from supervisord_ctr.cri.container_spec import ImageConfig
 from supervisord_ctr.cri.pods_run import port_mappings, wanted_environment
+from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.errors import InvalidArgument
 
 
@@ -82,10 +92,41 @@ def test_no_command_at_all_is_refused() -> None:
 @pytest.mark.parametrize(("parent", "systemd", "expected"), [
     ("/kubepods/pod1", False, "/kubepods/pod1/id"), ("", False, "/k8s.io/id"),
     ("/kubepods.slice/kubepods-pod1.slice", True, "kubepods-pod1.slice:cri-containerd:id"),
-    ("kubepods-pod1.slice", False, "kubepods-pod1.slice:cri-containerd:id"), ("", True, "system.slice:cri-containerd:id"),
+    ("kubepods-pod1.slice", True, "kubepods-pod1.slice:cri-containerd:id"), ("", True, "system.slice:cri-containerd:id"),
+    ("/", False, "/id"), ("/", True, "system.slice:cri-containerd:id"),
 ])
 def test_cgroup_paths(parent: str, systemd: bool, expected: str) -> None:
     assert container_spec.cgroup_path(parent, "id", "k8s.io", systemd) == expected
+
+
+@pytest.mark.parametrize(("parent", "systemd", "word"), [
+    ("/kubepods/pod1", True, "systemd"), ("/a.slice/b", True, "systemd"), ("/kubepods.slice", False, "cgroupfs"),
+])
+def test_a_cgroup_parent_of_the_other_driver_is_refused(parent: str, systemd: bool, word: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"use the {word} driver"):
+        container_spec.cgroup_path(parent, "id", "k8s.io", systemd)
+
+
+@pytest.mark.parametrize(("path", "ends"), [
+    ("kubepods-pod1.slice:cri-containerd:id", "/kubepods.slice/kubepods-pod1.slice/cri-containerd-id.scope"),
+    ("system.slice:cri-containerd:id", "/system.slice/cri-containerd-id.scope"), ("/kubepods/pod1/id", "/kubepods/pod1/id"),
+])
+def test_stats_find_the_cgroup_that_the_runtime_made(path: str, ends: str) -> None:
+    folders = stats.group_of(path).folders
+    assert folders
+    assert all(folder.endswith(ends) for folder in folders.values())
+
+
+@pytest.mark.parametrize(("parent", "ends"), [
+    ("kubepods-burstable-pod1.slice", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice"),
+    ("/kubepods.slice/kubepods-pod1.slice", "/kubepods.slice/kubepods-pod1.slice"), ("/kubepods/pod1", "/kubepods/pod1"),
+])
+def test_stats_find_the_cgroup_of_a_pod(parent: str, ends: str) -> None:
+    config = pb.PodSandboxConfig()
+    config.linux.cgroup_parent = parent
+    group = stats.pod_group(Pod("id", "name", config))
+    assert group is not None
+    assert all(folder.endswith(ends) and not folder.endswith(ends + ends) for folder in group.folders.values())
 
 
 def test_cgroup_paths_do_not_climb() -> None:
