@@ -125,10 +125,12 @@ class PodNetworks:
                 return list(known.addresses)
             planned = self._plan(request)
             try:
-                if namespace is None:
-                    await self._save(pod_id, planned)
-                else:
-                    await asyncio.gather(self._save(pod_id, planned), namespace)
+                saved = self._save(pod_id, planned)
+                # Both have ended before anything is undone: what comes after the undo would stay.
+                steps = (saved,) if namespace is None else (saved, namespace)
+                for result in await asyncio.gather(*steps, return_exceptions=True):
+                    if isinstance(result, BaseException):
+                        raise result
                 faults.point(INTENT)
                 done = await self._attach(planned)
             except BaseException:
@@ -197,8 +199,9 @@ class PodNetworks:
         self._attached.pop(pod_id, None)
 
     async def _save(self, pod_id: str, value: Attached) -> None:
-        await self.records.put(KIND, pod_id, value.encode())
+        # In memory first: whoever is called off while this is written down must find it to take it back.
         self._attached[pod_id] = value
+        await self.records.put(KIND, pod_id, value.encode())
 
     async def release_orphans(self, wanted: Collection[str]) -> list[str]:
         """Detach every recorded pod that is not `wanted`; returns those that still could not be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -76,6 +77,54 @@ async def test_p5_a_failed_attach_is_detached_at_once(tmp_path: Path) -> None:
         await networks.attach(request())
     assert plugins.calls() == ["ADD one", "DEL one"]
     assert records.kept == {}
+
+
+class SlowRecords(MemoryRecords):
+    """Records whose writes take as long as the test wants, and happen whoever waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def put(self, kind: str, id: str, value: bytes) -> None:  # noqa: A002
+        self.writing.set()
+        try:
+            await self.go_on.wait()
+        finally:
+            await super().put(kind, id, value)
+
+
+async def test_p5_no_record_stays_of_a_pod_whose_namespace_could_not_be_made(tmp_path: Path) -> None:
+    records = SlowRecords()
+    networks, plugins, _ = make(tmp_path, records)
+
+    async def namespace() -> None:
+        await records.writing.wait()
+        asyncio.get_running_loop().call_soon(records.go_on.set)
+        raise errors.ResourceExhausted("no more namespaces")
+
+    with pytest.raises(errors.ResourceExhausted):
+        await networks.attach(request(), namespace())
+    assert records.kept == {}
+    assert networks.known() == []
+    assert "ADD one" not in plugins.calls()
+
+
+async def test_p5_no_record_stays_of_an_attach_that_is_called_off_while_it_is_written_down(tmp_path: Path) -> None:
+    records = SlowRecords()
+    networks, plugins, _ = make(tmp_path, records)
+
+    async def attach() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(networks.attach(request()))
+            await records.writing.wait()
+            raise errors.Unknown("the other half failed")
+
+    with pytest.raises(BaseExceptionGroup):
+        await attach()
+    assert records.kept == {}
+    assert networks.known() == []
+    assert "ADD one" not in plugins.calls()
 
 
 async def test_p5_a_detach_that_fails_is_repeated_until_it_works(tmp_path: Path) -> None:
