@@ -55,6 +55,12 @@ async def checkpoint_container(core: Core, request: pb.CheckpointContainerReques
     location = check_line(request.location, "checkpoint location")
     if not location.startswith("/"):
         raise errors.InvalidArgument(f"checkpoint location {location!r} is not absolute", kind="checkpoint")
+    await core.operations.run(
+        ("checkpoint", container.id, location), lambda: _checkpoint(core, container, Path(location))
+    )
+
+
+async def _checkpoint(core: Core, container: Container, location: Path) -> None:
     async with core.hold(container.id, "checkpointing"):
         work = core.run / "checkpoint" / container.id
         images = work / "checkpoint"
@@ -63,7 +69,7 @@ async def checkpoint_container(core: Core, request: pb.CheckpointContainerReques
             await core.tasks.checkpoint(CRI_NAMESPACE, container.id, str(images))
             stored = await core.database.containers.get(CRI_NAMESPACE, container.id)
             spec = stored.spec.value if stored.spec is not None else b"{}"
-            await core.executors.run_io(_write, Path(location), images, container, spec)
+            await core.executors.run_io(_write, location, images, container, spec)
         finally:
             await core.executors.run_io(shutil.rmtree, work, True)
 

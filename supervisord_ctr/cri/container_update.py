@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from supervisord_ctr import errors
+from supervisord_ctr.aio import shielded
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import container_spec
 from supervisord_ctr.cri.container_create import resources_of
 from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.state import Container, Pod
 from supervisord_ctr.model import TypedValue
 from supervisord_ctr.names import CRI_NAMESPACE
 from supervisord_ctr.oci.spec import RESOURCES_TYPE_URL, TYPE_URL, SpecBuilder
@@ -20,8 +22,15 @@ log = logging.getLogger(__name__)
 
 
 async def update_resources(core: Core, request: pb.UpdateContainerResourcesRequest) -> None:
-    """Change the limits of a container: stored for the next start, and applied at once when it runs."""
+    """Change the limits of a container: stored for the next start, and applied at once when it runs.
+
+    Goes on when the client hangs up: what is in force and what is recorded must not differ.
+    """
     container = core.state.container(request.container_id)
+    await shielded(core.owner, _update(core, container, request), f"update {container.id}")
+
+
+async def _update(core: Core, container: Container, request: pb.UpdateContainerResourcesRequest) -> None:
     async with core.hold(container.id, "updating"):
         if container.stage not in ("created", "running"):
             raise errors.FailedPrecondition(
@@ -62,6 +71,10 @@ def merged(builder: SpecBuilder, asked: pb.LinuxContainerResources) -> pb.LinuxC
 async def update_pod_resources(core: Core, request: pb.UpdatePodSandboxResourcesRequest) -> None:
     """Note what the kubelet gave the pod; the pod's cgroup itself is the kubelet's."""
     pod = core.state.pod(request.pod_sandbox_id)
+    await shielded(core.owner, _update_pod(core, pod, request), f"update {pod.id}")
+
+
+async def _update_pod(core: Core, pod: Pod, request: pb.UpdatePodSandboxResourcesRequest) -> None:
     async with core.hold(pod.id, "updating"):
         for name in ("resources", "overhead"):
             if request.HasField(name):

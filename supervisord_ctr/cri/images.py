@@ -128,6 +128,10 @@ async def remove_image(core: Core, text: str) -> None:
         record = await core.images.resolve(text)
     except errors.NotFound:
         return
+    await core.operations.run(("remove image", record.id), lambda: _remove(core, record))
+
+
+async def _remove(core: Core, record: ImageRecord) -> None:
     async with core.images.unadopted():
         names = sorted(record.names)
         for index, name in enumerate(names):

@@ -87,8 +87,10 @@ class StreamingBackend:
             for task in done:
                 task.result()
         finally:
-            await _end_tasks(helpers)
-            await connection.close()
+            try:
+                await _end_tasks(helpers)
+            finally:
+                await connection.close()
 
     async def port_forward(self, sandbox_id: str, port: int) -> socket.socket:
         """A connection to `port` on the loopback of the pod, IPv4 first, then IPv6."""
