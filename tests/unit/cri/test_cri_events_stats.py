@@ -63,6 +63,43 @@ async def test_p9_a_listener_that_does_not_read_loses_its_stream_alone() -> None
     assert len(hub) == 0
 
 
+async def first_of(hub: EventHub, count: int) -> list[str]:
+    """What a listener hears first."""
+    stream = hub.listen()
+    try:
+        return [(await anext(stream)).container_id for _ in range(count)]
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_p14_what_happens_while_nobody_listens_is_held_for_the_first_who_does() -> None:
+    hub = EventHub(held=3)
+    for name in "abcd":
+        publish(hub, name)
+    assert await first_of(hub, 3) == ["b", "c", "d"]
+    publish(hub, "e")
+    assert await first_of(hub, 1) == ["e"]
+    hub.close()
+
+
+async def test_held_events_are_forgotten_after_a_while() -> None:
+    hub = EventHub(held_for=0.0)
+    publish(hub, "old")
+    heard: list[str] = []
+
+    async def listen() -> None:
+        async for event in hub.listen():
+            heard.append(event.container_id)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(listen())
+        while not len(hub):
+            await asyncio.sleep(0)
+        publish(hub, "new")
+        hub.close()
+    assert heard == ["new"]
+
+
 V1 = stats.Reading(1, False, {
     "cpu": {"usage": {"total": 5_000, "user": 1, "kernel": 2}},
     "memory": {"usage": {"usage": 100, "limit": 1000, "max": 0, "failcnt": 0}, "total_inactive_file": 30,
