@@ -86,6 +86,7 @@ async def container_info(core: Core, container: Container) -> dict[str, str]:
     info: dict[str, Any] = {
         "sandboxID": container.pod_id, "pid": container.pid, "removing": container.removing,
         "snapshotKey": container.id, "snapshotter": container.snapshotter,
+        "privileged": container.config.linux.security_context.privileged,
         "config": json_format.MessageToDict(container.config, preserving_proto_field_name=True),
         "stage": container.stage, "doing": core.stages.tell(container.id), "oomKilled": container.oom,
         "oomLevel": container.oom_level, "endAskedBy": container.asked, "signal": container.signal,
@@ -169,20 +170,18 @@ def publish_pod(
     core: Core, pod: Pod, kind: pb.ContainerEventType.ValueType, *, with_status: bool = True
 ) -> None:
     """Tell of a pod; call when a status call shows it (P14)."""
-    if len(core.events):
-        core.events.publish(
-            pod.id, kind, pod.status() if with_status else None, statuses_of(core, pod) if with_status else []
-        )
+    core.events.publish(
+        pod.id, kind, pod.status() if with_status else None, statuses_of(core, pod) if with_status else []
+    )
 
 
 def publish_container(core: Core, container: Container, kind: pb.ContainerEventType.ValueType) -> None:
     """Tell of a container; call when a status call shows it (P14)."""
-    if len(core.events):
-        pod = core.state.pod_or_none(container.pod_id)
-        core.events.publish(
-            container.id, kind, pod.status() if pod is not None else None,
-            statuses_of(core, pod) if pod is not None else [],
-        )
+    pod = core.state.pod_or_none(container.pod_id)
+    core.events.publish(
+        container.id, kind, pod.status() if pod is not None else None,
+        statuses_of(core, pod) if pod is not None else [],
+    )
 
 
 def list_pods(core: Core, wanted: pb.PodSandboxFilter) -> list[pb.PodSandbox]:

@@ -47,6 +47,9 @@ async def _update(core: Core, container: Container, request: pb.UpdateContainerR
             builder.with_oom_score(request.linux.oom_score_adj)
         if container.running:
             resources = {key: value for key, value in builder.resources.items() if key != "devices"}
+            if request.linux.memory_limit_in_bytes:
+                # A limit below what is in use is refused instead of met by a kill; cgroup v1 does so by itself.
+                resources["memory"] = {**resources["memory"], "checkBeforeUpdate": True}
             await core.tasks.update(
                 CRI_NAMESPACE, container.id, TypedValue(RESOURCES_TYPE_URL, json.dumps(resources).encode()),
                 dict(request.annotations),
