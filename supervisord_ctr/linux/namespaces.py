@@ -10,6 +10,7 @@ Does not know pods; `sandbox/` decides which namespaces exist and where their pi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ KINDS = {
     "user": CLONE_NEWUSER, "pid": CLONE_NEWPID, "net": CLONE_NEWNET,
 }
 _PINNABLE = ("net", "ipc", "uts")
+#: Answers with the kind of a namespace file, and with ENOTTY for any other (linux/nsfs.h).
+_NS_GET_NSTYPE = 0xB703
 _UNSHARE = "/usr/bin/unshare"
 _CAT = "/bin/cat"
 
@@ -108,16 +111,17 @@ def unpin(path: str | os.PathLike[str]) -> None:
 
 
 def is_pinned(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a namespace file and not the plain file that a crash leaves."""
+    """Whether `path` is a namespace file and not the plain file that a crash or a reboot leaves (ioctl_ns(2))."""
     try:
-        return os.statvfs(path).f_bsize > 0 and _is_nsfs(path)
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
         return False
-
-
-def _is_nsfs(path: str | os.PathLike[str]) -> bool:
-    target = os.path.realpath(path)
-    return any(entry.target == target and entry.fstype == "nsfs" for entry in mounts.mount_table())
+    try:
+        return bool(fcntl.ioctl(fd, _NS_GET_NSTYPE))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def call_in(path: str | os.PathLike[str], kind: int, call: Callable[[], T]) -> T:

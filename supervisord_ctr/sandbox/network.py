@@ -12,11 +12,11 @@ import json
 import logging
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from supervisord_ctr import errors, faults
 from supervisord_ctr.aio import KeyedLock
+from supervisord_ctr.linux import namespaces
 from supervisord_ctr.sandbox import cni
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,8 @@ class PodNetworks:
             await self.bridge.detach(pod_id)
         else:
             request = known.request
-            if not Path(request.netns).exists():
+            if not namespaces.is_pinned(request.netns):
+                # Gone, or the plain file that a reboot leaves: plugins give addresses back without it too.
                 request = replace(request, netns="")
             await self.plugins.delete(request, known.attachments)
         faults.point(DELETED)

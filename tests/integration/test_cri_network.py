@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
+from supervisord_ctr.linux import mounts, namespaces
 from tests.support.cri import Cri, running_cri
 from tests.support.daemon import wait_until
 from tests.unit.sandbox.fake_plugins import FakePlugins
@@ -107,3 +108,18 @@ def test_p15_one_stuck_network_does_not_hold_up_other_pods(cri: Cri, plugins: Fa
     cri.remove_pod(pod)
     with pytest.raises(grpc.RpcError):
         stuck.result()
+
+
+@pytest.mark.parametrize("left", ["a plain file", "nothing"])
+def test_p5_a_pod_whose_network_namespace_is_gone_gives_its_address_back(cri: Cri, left: str) -> None:
+    pod, _ = cri.run_pod()
+    assert cri.network.leased()
+    pin = cri.daemon.state / "cri" / "sandboxes" / pod / "ns" / "net"
+    mounts.unmount_all(pin)
+    assert not namespaces.is_pinned(pin)
+    if left == "nothing":
+        pin.unlink()
+    cri.stop_pod(pod)
+    cri.remove_pod(pod)
+    assert cri.network.leased() == []
+    assert cri.leaks() == []
