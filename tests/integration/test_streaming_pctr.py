@@ -66,21 +66,25 @@ def test_exec_on_a_terminal(pod: Pod, container: str) -> None:
     process = subprocess.Popen(
         command(pod, "exec", "-it", container, "sh", "-c",
                 # The protocol does not order the size before the input, nor does any peer.
-                "read x; until stty size; do usleep 50000; done 2>/dev/null; echo got $x; exit 9"),
+                "read x; until stty size 2>&1 | grep '33 101'; do usleep 50000; done; echo got $x; exit 9"),
         stdin=slave, stdout=slave, stderr=slave,
     )
-    wait_until(lambda: not termios.tcgetattr(slave)[3] & termios.ICANON, "raw terminal", LIMIT)
-    os.write(master, b"typed\r")
-    seen = b""
-    deadline = time.monotonic() + LIMIT
-    while b"got typed" not in seen and time.monotonic() < deadline:
-        if select.select([master], [], [], 1.0)[0]:
-            seen += os.read(master, 4096)
-    assert b"33 101" in seen
-    assert process.wait(LIMIT) == 9
-    assert termios.tcgetattr(slave) == before
-    os.close(master)
-    os.close(slave)
+    try:
+        wait_until(lambda: not termios.tcgetattr(slave)[3] & termios.ICANON, "raw terminal", LIMIT)
+        os.write(master, b"typed\r")
+        seen = b""
+        deadline = time.monotonic() + LIMIT
+        while b"got typed" not in seen and time.monotonic() < deadline:
+            if select.select([master], [], [], 1.0)[0]:
+                seen += os.read(master, 4096)
+        assert b"33 101" in seen
+        assert process.wait(LIMIT) == 9
+        assert termios.tcgetattr(slave) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
 
 
 def test_attach(pod: Pod) -> None:
