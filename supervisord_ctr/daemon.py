@@ -156,7 +156,8 @@ class Daemon:
         zygote = Zygote()
         stack.push_async_callback(zygote.close)
         await asyncio.gather(database.open(), zygote.start())  # the zygote warms up while the database opens
-        mounts = MountManager(state / "mounts", database, executors)
+        mounts = MountManager(state / "mounts", database, executors, roots=(root,))
+        stack.push_async_callback(mounts.close)
         await mounts.open()
         database.gc.parts.append(mounts.collect)
 
@@ -193,16 +194,19 @@ class Daemon:
         server.add(f"{native}images.v1.Images", add_ImagesServicer_to_server, ImagesService(database))
         server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
         server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))
-        server.add(f"{native}diff.v1.Diff", add_DiffServicer_to_server, DiffService(database, executors, pool, scratch))
+        server.add(f"{native}diff.v1.Diff", add_DiffServicer_to_server,
+                   DiffService(database, executors, pool, scratch, mounts))
         server.add(f"{native}transfer.v1.Transfer", add_TransferServicer_to_server, transfer)
         server.add(f"{native}streaming.v1.Streaming", add_StreamingServicer_to_server, StreamingService(streams))
         server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
         server.add(f"{native}events.v1.Events", add_EventsServicer_to_server, EventsService(exchange))
-        server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server, TasksService(tasks, database, executors))
+        server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server,
+                   TasksService(tasks, database, executors, mounts))
         server.add(f"{native}mounts.v1.Mounts", add_MountsServicer_to_server, MountsService(mounts))
         server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
-        server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server,
-                   SandboxControllerService({"shim": tasks.sandboxes}, exchange))
+        controller = SandboxControllerService({"shim": tasks.sandboxes}, exchange)
+        stack.push_async_callback(controller.close)
+        server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server, controller)
         cri: CriRoom | None = None
         if settings.cri.enabled:
             cri = CriRoom(settings, database, tasks, zygote, exchange, executors,

@@ -10,6 +10,7 @@ reported and does not end the pass (P16).
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from supervisord_ctr.metadata import gc
 from supervisord_ctr.metadata.codec import load_map
 from supervisord_ctr.metadata.content import Content
 from supervisord_ctr.metadata.engine import Engine, Row, Transaction, Value
-from supervisord_ctr.metadata.gc import CONTAINER, CONTENT, IMAGE, INGEST, LEASE, SNAPSHOT, Graph, Node
+from supervisord_ctr.metadata.gc import CONTAINER, CONTENT, IMAGE, INGEST, LEASE, MOUNT, SNAPSHOT, Graph, Node
 from supervisord_ctr.metadata.snapshots import NamespacedSnapshotter
 from supervisord_ctr.model import SnapshotInfo
 
@@ -41,8 +42,8 @@ SNAPSHOTS = faults.declare("gc.snapshots", "one snapshot without row was removed
 class GcReport:
     """What a pass removed, or would remove (`dry_run`).
 
-    `removed` are (namespace, kind, key); kinds are those of `gc`, and "blob", "ingest-data" and
-    "snapshot-data" for what lay on disk without a row (their namespace is empty).
+    `removed` are (namespace, kind, key); kinds are those of `gc`, and "blob", "ingest-data",
+    "snapshot-data" and "mount-data" for what was there without a row (their namespace is empty).
     """
 
     removed: tuple[tuple[str, str, str], ...] = ()
@@ -75,7 +76,7 @@ class _Source(Protocol):
 def read_graph(source: _Source, now: float) -> Graph:
     """The graph of one moment."""
     graph = Graph(now)
-    _read_leases(source, graph)
+    _read_mounts(source, graph, _read_leases(source, graph))
     _read_images(source, graph)
     _read_content(source, graph)
     for namespace, key, snapshotter, snapshot_key, labels in source.rows(
@@ -105,7 +106,8 @@ def read_graph(source: _Source, now: float) -> Graph:
     return graph
 
 
-def _read_leases(source: _Source, graph: Graph) -> None:
+def _read_leases(source: _Source, graph: Graph) -> set[tuple[str, str]]:
+    """Those that protect something, by namespace and id."""
     flat: dict[tuple[str, str], bool] = {}
     for namespace, key, labels in source.rows("SELECT namespace, id, labels FROM leases"):
         found = load_map(labels) if gc.matters(labels) else {}
@@ -126,6 +128,17 @@ def _read_leases(source: _Source, graph: Graph) -> None:
             graph.roots.add(Node(INGEST, namespace, key))
         elif kind.startswith("snapshots/"):
             graph.roots.add(Node(SNAPSHOT, namespace, f"{kind.removeprefix('snapshots/')}/{key}", is_flat))
+    return set(flat)
+
+
+def _read_mounts(source: _Source, graph: Graph, leases: set[tuple[str, str]]) -> None:
+    for namespace, key, text in source.rows("SELECT namespace, name, value FROM activations"):
+        node = Node(MOUNT, namespace, key)
+        graph.all.append(node)
+        value = json.loads(text)
+        if (namespace, value["lease"]) in leases:
+            graph.roots.add(node)
+        graph.refer(node, value["labels"])
 
 
 def _read_images(source: _Source, graph: Graph) -> None:
@@ -386,6 +399,8 @@ class Collector:
             elif node.kind == IMAGE:
                 tx.execute("DELETE FROM images WHERE namespace = ? AND name = ?", (space, key))
                 tx.event(space, "/images/delete", images_pb2.ImageDelete(name=key))
+            elif node.kind == MOUNT:
+                tx.execute("DELETE FROM activations WHERE namespace = ? AND name = ?", (space, key))
             elif node.kind == SNAPSHOT:
                 snapshotter, _, name = key.partition("/")
                 tx.execute(

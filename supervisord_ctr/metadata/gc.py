@@ -7,6 +7,7 @@ targets make, as containerd defines them:
     containerd.io/gc.ref.content[.…|/…]: DIGEST       refers to a blob
     containerd.io/gc.ref.snapshot.SNAPSHOTTER[/…]: KEY     refers to a snapshot
     containerd.io/gc.ref.image[.…|/…]: NAME           refers to an image
+    containerd.io/gc.ref.mount[.…|/…]: NAME           refers to an activated mount
     containerd.io/gc.bref.{container,content,image}[.…|/…], gc.bref.snapshot.SNAPSHOTTER[/…]
                                                       refers back: the named object refers to this one
     containerd.io/gc.expire: RFC 3339                 a lease or image that is no root any more after that
@@ -29,6 +30,7 @@ CONTAINER = "container"
 IMAGE = "image"
 LEASE = "lease"
 INGEST = "ingest"
+MOUNT = "mount"
 
 _PREFIX = "containerd.io/gc."
 _ROOT = "containerd.io/gc.root"
@@ -71,6 +73,8 @@ def references(namespace: str, labels: Mapping[str, str], prefix: str = _REF) ->
     kinds = {"content": CONTENT, "image": IMAGE}
     if prefix == _BACK_REF:
         kinds["container"] = CONTAINER
+    else:
+        kinds["mount"] = MOUNT
     for key, value in labels.items():
         if not key.startswith(prefix):
             continue

@@ -22,13 +22,17 @@ from supervisord_ctr.model import Descriptor
 from supervisord_ctr.names import check_digest
 from supervisord_ctr.rpc import Context, lease_of, namespace_of, seconds
 from supervisord_ctr.services.convert import descriptor_to_message, mounts_from_messages
+from supervisord_ctr.services.mounts import MountManager
 
 
 class DiffService(diff_pb2_grpc.DiffServicer):
     """Applies and makes layers."""
 
-    def __init__(self, database: Database, executors: Executors, pool: UnpackPool, scratch: Path) -> None:
+    def __init__(
+        self, database: Database, executors: Executors, pool: UnpackPool, scratch: Path, activations: MountManager
+    ) -> None:
         self._database = database
+        self._activations = activations
         self._executors = executors
         self._pool = pool
         self._scratch = scratch
@@ -48,9 +52,10 @@ class DiffService(diff_pb2_grpc.DiffServicer):
         mounts = mounts_from_messages(request.mounts)
         blob = await self._database.content.reader(namespace, digest)
         try:
-            applied = await apply_to_mounts(
-                self._pool, self._executors, blob.fileno(), blob.size, mounts, self._scratch
-            )
+            async with self._activations.performed(mounts) as ready:
+                applied = await apply_to_mounts(
+                    self._pool, self._executors, blob.fileno(), blob.size, ready, self._scratch
+                )
         finally:
             blob.close()
         if request.sync_fs:

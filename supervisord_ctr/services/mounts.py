@@ -1,17 +1,18 @@
 """containerd.services.mounts.v1.Mounts: mounts that the daemon performs on behalf of a client.
 
 Owns the activated mounts below one folder and their records. An activation performs what the system
-cannot (mount types with `format/` and `mkdir/` before them) or, when it is temporary, all of it, and
-returns what is left to mount. Mounts that need nothing of that are UNIMPLEMENTED: the client mounts
-them itself.
+cannot (see `mount_steps`) or, when it is temporary, all of it, and returns what is left to mount.
+Mounts that need nothing of that are UNIMPLEMENTED: the client mounts them itself. A record stays while
+its lease or something else refers to it, as with any object that is collected.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,23 +22,20 @@ from typing import Any
 from google.protobuf import empty_pb2
 
 from supervisord_ctr import filters
-from supervisord_ctr.aio import Executors, KeyedLock
+from supervisord_ctr.aio import Executors, KeyedLock, TaskOwner, shielded
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2 as pb
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.errors import AlreadyExists, Error, InvalidArgument, NotFound, Unimplemented, from_os_error
+from supervisord_ctr.errors import AlreadyExists, InvalidArgument, NotFound, Unimplemented, from_os_error
 from supervisord_ctr.linux import mounts as linux
 from supervisord_ctr.metadata import Database
 from supervisord_ctr.model import Mount
 from supervisord_ctr.names import check_labels
 from supervisord_ctr.rpc import Context, lease_of, namespace_of, timestamp
 from supervisord_ctr.services.convert import mount_to_message, mounts_from_messages, mounts_to_messages
+from supervisord_ctr.services.mount_steps import Steps, needs_steps
 
 log = logging.getLogger(__name__)
-
-_TRANSFORMS = ("format", "mkdir")
-_MKDIR = "X-containerd.mkdir."
-_TEMPLATE = re.compile(r"\{\{-?\s*(source|target|mount|overlay)\s+(\d+)(?:\s+(\d+))?\s*-?\}\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +82,25 @@ def _load(name: str, text: str) -> Activation:
 
 
 class MountManager:
-    """Activations below `folder` (in the state directory: they do not survive a reboot). `roots` is where
-    `mkdir/` may make directories."""
+    """Activations below `folder` (in the state directory: they do not survive a reboot). Directories and file
+    systems are made below it and below `roots` only."""
 
     def __init__(
         self, folder: Path, database: Database, executors: Executors, *, roots: Sequence[Path] = ()
     ) -> None:
         self._folder = folder
-        self._making: set[str] = set()
-        self._roots = tuple(os.path.realpath(root) for root in (folder, *roots))
+        #: Folders that a call is at work on: no strays.
+        self._busy: set[str] = set()
+        self._steps = Steps((folder, *roots))
         self._records = database.activations
         self._database = database
         self._executors = executors
         self._locks = KeyedLock()
+        self._owner = TaskOwner("mounts")
+
+    async def close(self) -> None:
+        """Stop what runs; what it leaves half done is seen to by the next `open`."""
+        await self._owner.close()
 
     async def open(self) -> None:
         """Forget activations whose mounts are gone (after a reboot) and unmount what no record explains."""
@@ -104,7 +108,7 @@ class MountManager:
         kept = set()
         for namespace, name, text in await self._records.list():
             record = _load(name, text)
-            if record.active and all(linux.is_mountpoint(item.mount_point) for item in record.active):
+            if os.path.isdir(record.folder) and all(linux.is_mountpoint(item.mount_point) for item in record.active):
                 kept.add(record.folder)
             else:
                 await self._records.delete(namespace, name)
@@ -120,30 +124,66 @@ class MountManager:
         if not name:
             raise InvalidArgument("mount name must not be empty", kind="mount")
         check_labels(dict(labels or {}))
-        count = len(mounts) if temporary else _first_system(mounts)
+        count = len(mounts) if temporary else needs_steps(mounts)
         if count < 0 or not mounts:
             raise Unimplemented(f"mount {name!r}: nothing here needs the mount service", kind="mount", key=name)
+        work = self._activate(namespace, name, list(mounts), count, dict(labels or {}), temporary, lease or "")
+        return await shielded(self._owner, work, f"activate {name}")
+
+    async def _activate(
+        self, namespace: str, name: str, mounts: list[Mount], count: int, labels: dict[str, str], temporary: bool,
+        lease: str,
+    ) -> Activation:
         async with self._locks.hold((namespace, name)):
             try:
                 await self._records.get(namespace, name)
             except NotFound:
                 pass
             else:
-                raise AlreadyExists(f"mount {name!r}: already exists", kind="mount", key=name)
-            folder = self._folder / f"{time.time_ns():x}"
-            self._making.add(str(folder))
+                raise AlreadyExists(f'mount "{name}": already exists', kind="mount", key=name)
+            folder = str(self._folder / f"{time.time_ns():x}")
+            self._busy.add(folder)
             try:
-                active, system = await self._executors.run_io(self._perform, folder, list(mounts), count, temporary)
-                made = Activation(name, active, system, dict(labels or {}), lease or "", str(folder))
+                active, system = await self._executors.run_io(self._perform, Path(folder), mounts, count, temporary)
+                made = Activation(name, active, system, labels, lease, folder)
                 await self._records.create(namespace, name, _dump(made))
             except BaseException as error:
-                await self._executors.run_io(self._unmount, str(folder))
+                await self._executors.run_io(self._unmount, folder)
                 if isinstance(error, OSError):
-                    raise from_os_error(error, f"mount {name!r}") from error
+                    raise from_os_error(error, f'mount "{name}"') from error
                 raise
             finally:
-                self._making.discard(str(folder))
+                self._busy.discard(folder)
             return made
+
+    @contextlib.asynccontextmanager
+    async def performed(self, mounts: Sequence[Mount]) -> AsyncIterator[Sequence[Mount]]:
+        """What is left to mount of `mounts`, for the length of the block: an activation without name and record."""
+        count = needs_steps(mounts)
+        if count < 0:
+            yield mounts
+            return
+        folder = str(self._folder / f"{time.time_ns():x}")
+        self._busy.add(folder)
+        making = self._owner.start(
+            self._executors.run_io(self._perform, Path(folder), list(mounts), count, False), "perform"
+        )
+
+        async def leave() -> None:
+            await asyncio.wait([making])
+            try:
+                await self._executors.run_io(self._unmount, folder)
+            finally:
+                self._busy.discard(folder)
+
+        try:
+            try:
+                _, left = await asyncio.shield(making)
+            except OSError as error:
+                raise from_os_error(error, "mount") from error
+            yield left
+        finally:
+            await shielded(self._owner, leave(), "undo")
 
     def _perform(
         self, folder: Path, mounts: list[Mount], count: int, temporary: bool
@@ -151,52 +191,15 @@ class MountManager:
         folder.mkdir(mode=0o700)
         active: list[ActiveMount] = []
         for number, mount in enumerate(mounts[:count]):
-            ready = self._transformed(mount, active)
+            ready = self._steps.apply(mount, active)
             point = folder / str(number)
             point.mkdir(mode=0o700)
             linux.mount_all([ready], point)
             active.append(ActiveMount(ready, str(point), time.time()))
-        system = [self._transformed(mount, active) for mount in mounts[count:]]
+        system = [self._steps.apply(mount, active) for mount in mounts[count:]]
         if temporary:
             system.append(Mount("bind", active[-1].mount_point, ("rbind",)))
         return tuple(active), tuple(system)
-
-    def _transformed(self, mount: Mount, active: Sequence[ActiveMount]) -> Mount:
-        word, slash, rest = mount.type.partition("/")
-        while slash and word in _TRANSFORMS:
-            mount = _formatted(mount, active) if word == "format" else self._with_folders(mount)
-            mount = Mount(rest, mount.source, mount.options, mount.target)
-            word, slash, rest = mount.type.partition("/")
-        return mount
-
-    def _with_folders(self, mount: Mount) -> Mount:
-        """Make the directories that `X-containerd.mkdir.path=PATH[:MODE[:UID:GID]]` options ask for."""
-        kept = []
-        for option in mount.options:
-            if not option.startswith(_MKDIR):
-                kept.append(option)
-                continue
-            word, _, value = option.removeprefix(_MKDIR).partition("=")
-            parts = value.split(":")
-            if word != "path" or len(parts) not in (1, 2, 4) or not all(part.isdigit() for part in parts[1:]):
-                raise InvalidArgument(f"invalid mkdir option {option!r}", kind="mount", key=option)
-            self._make_folder(parts)
-        return Mount(mount.type, mount.source, tuple(kept), mount.target)
-
-    def _make_folder(self, parts: list[str]) -> None:
-        path = parts[0]
-        parent = os.path.realpath(os.path.dirname(path))
-        if not any(parent == root or parent.startswith(f"{root}/") for root in self._roots):
-            raise Unimplemented(f"no root configured for mkdir of {path!r}", kind="mount", key=path)
-        where = os.path.join(parent, os.path.basename(path))
-        try:
-            os.mkdir(where, 0o700)
-        except FileExistsError:
-            return
-        if len(parts) > 1:
-            os.chmod(where, int(parts[1], 8))
-        if len(parts) == 4:
-            os.chown(where, int(parts[2]), int(parts[3]), follow_symlinks=False)
 
     def _unmount(self, folder: str) -> None:
         linux.unmount_below(folder)
@@ -214,7 +217,7 @@ class MountManager:
         """Folders without a record: what a failed deactivation left."""
         listed = await self._executors.run_io(lambda: sorted(entry.path for entry in os.scandir(self._folder)))
         kept = {_load(name, text).folder for _, name, text in await self._records.list()}
-        return [path for path in listed if path not in kept and path not in self._making]
+        return [path for path in listed if path not in kept and path not in self._busy]
 
     async def remove_stray(self, path: str) -> None:
         """Unmount and remove one of `strays`."""
@@ -223,13 +226,19 @@ class MountManager:
 
     async def deactivate(self, namespace: str, name: str) -> None:
         """Unmount and forget; NotFound."""
+        await shielded(self._owner, self._deactivate(namespace, name), f"deactivate {name}")
+
+    async def _deactivate(self, namespace: str, name: str) -> None:
         async with self._locks.hold((namespace, name)):
             record = _load(name, await self._records.get(namespace, name))
-            await self._records.delete(namespace, name)
+            self._busy.add(record.folder)
             try:
+                await self._records.delete(namespace, name)
                 await self._executors.run_io(self._unmount, record.folder)
             except OSError as error:
-                raise from_os_error(error, f"unmount {name!r}") from error
+                raise from_os_error(error, f'unmount "{name}"') from error
+            finally:
+                self._busy.discard(record.folder)
 
     async def info(self, namespace: str, name: str) -> Activation:
         """NotFound."""
@@ -257,20 +266,15 @@ class MountManager:
             return made
 
     async def collect(self) -> list[tuple[str, str, str]]:
-        """Deactivate what was activated under a lease that is gone; a part of every collection."""
+        """Unmount what has no record any more, once the collector has removed those of unwanted activations."""
         removed = []
-        for namespace, name, text in await self._records.list():
-            lease = _load(name, text).lease
-            if not lease:
-                continue
+        for path in await self.strays():
             try:
-                await self._database.leases.get(namespace, lease)
-            except NotFound:
-                try:
-                    await self.deactivate(namespace, name)
-                except Error as error:
-                    log.warning("mount %s of lease %s: %s", name, lease, error)
-                removed.append((namespace, "mount", name))
+                await self._executors.run_io(self._unmount, path)
+            except OSError as error:
+                log.warning("mounts below %s: %s", path, error)
+            else:
+                removed.append(("", "mount-data", path))
         return removed
 
     async def list(self, namespace: str, filter_texts: Sequence[str] = ()) -> list[Activation]:
@@ -278,41 +282,6 @@ class MountManager:
         matching = filters.parse(filter_texts)
         found = [_load(name, text) for _, name, text in await self._records.list(namespace)]
         return [item for item in found if matching.matches(_adapt(item))]
-
-
-def _first_system(mounts: Sequence[Mount]) -> int:
-    """How many mounts must be performed here, the others being the client's; -1 for none at all."""
-    first = -1
-    for number, mount in enumerate(mounts):
-        if mount.type.partition("/")[0] in _TRANSFORMS and "/" in mount.type:
-            first = number
-    return first
-
-
-def _formatted(mount: Mount, active: Sequence[ActiveMount]) -> Mount:
-    """Fill `{{ source N }}`, `{{ target N }}`, `{{ mount N }}` and `{{ overlay FIRST LAST }}` in."""
-
-    def pick(number: int) -> ActiveMount:
-        if number >= len(active):
-            raise InvalidArgument(f"index out of bounds: {number}, has {len(active)} active mounts", kind="mount")
-        return active[number]
-
-    def fill(found: re.Match[str]) -> str:
-        word, first, last = found.group(1), int(found.group(2)), found.group(3)
-        if word == "overlay":
-            end = int(last) if last is not None else first
-            numbers = range(first, end + 1) if first <= end else range(first, end - 1, -1)
-            return ":".join(pick(number).mount_point for number in numbers)
-        chosen = pick(first)
-        return {"source": chosen.mount.source, "target": chosen.mount.target, "mount": chosen.mount_point}[word]
-
-    def text(value: str) -> str:
-        filled = _TEMPLATE.sub(fill, value)
-        if "{{" in filled:
-            raise InvalidArgument(f"cannot format {value!r}", kind="mount", key=value)
-        return filled
-
-    return Mount(mount.type, text(mount.source), tuple(map(text, mount.options)), text(mount.target))
 
 
 def _adapt(item: Activation) -> filters.Adaptor:

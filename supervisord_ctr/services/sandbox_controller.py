@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from supervisord_ctr import errors
+from supervisord_ctr.aio import TaskOwner, shielded
 from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.api.services.sandbox.v1 import sandbox_pb2 as api
 from supervisord_ctr.api.services.sandbox.v1.sandbox_pb2_grpc import ControllerServicer
@@ -40,6 +41,11 @@ class SandboxControllerService(ControllerServicer):
     def __init__(self, sandboxers: Mapping[str, Sandboxes], publisher: Publisher) -> None:
         self._sandboxers = dict(sandboxers)
         self._publisher = publisher
+        self._owner = TaskOwner("sandbox controller")
+
+    async def close(self) -> None:
+        """Stop what runs."""
+        await self._owner.close()
 
     def _controller(self, name: str) -> Sandboxes:
         if not name:
@@ -50,7 +56,9 @@ class SandboxControllerService(ControllerServicer):
         return found
 
     async def Create(self, request: Any, context: Any) -> api.ControllerCreateResponse:
-        namespace = namespace_of(context)
+        return await shielded(self._owner, self._create(namespace_of(context), request), "create")
+
+    async def _create(self, namespace: str, request: Any) -> api.ControllerCreateResponse:
         controller = self._controller(request.sandboxer)
         given = request.sandbox
         sandbox = Sandbox(
@@ -66,7 +74,9 @@ class SandboxControllerService(ControllerServicer):
         return api.ControllerCreateResponse(sandbox_id=sandbox.id)
 
     async def Start(self, request: Any, context: Any) -> api.ControllerStartResponse:
-        namespace = namespace_of(context)
+        return await shielded(self._owner, self._start(namespace_of(context), request), "start")
+
+    async def _start(self, namespace: str, request: Any) -> api.ControllerStartResponse:
         found = await self._controller(request.sandboxer).start(namespace, request.sandbox_id)
         self._publisher.publish(namespace, "/sandboxes/start", events_pb2.SandboxStart(sandbox_id=request.sandbox_id))
         return api.ControllerStartResponse(
@@ -82,7 +92,8 @@ class SandboxControllerService(ControllerServicer):
 
     async def Stop(self, request: Any, context: Any) -> api.ControllerStopResponse:
         controller = self._controller(request.sandboxer)
-        await controller.stop(namespace_of(context), request.sandbox_id, request.timeout_secs)
+        work = controller.stop(namespace_of(context), request.sandbox_id, request.timeout_secs)
+        await shielded(self._owner, work, "stop")
         return api.ControllerStopResponse()
 
     async def Wait(self, request: Any, context: Any) -> api.ControllerWaitResponse:
@@ -103,7 +114,8 @@ class SandboxControllerService(ControllerServicer):
         )
 
     async def Shutdown(self, request: Any, context: Any) -> api.ControllerShutdownResponse:
-        await self._controller(request.sandboxer).shutdown(namespace_of(context), request.sandbox_id)
+        work = self._controller(request.sandboxer).shutdown(namespace_of(context), request.sandbox_id)
+        await shielded(self._owner, work, "shutdown")
         return api.ControllerShutdownResponse()
 
     async def Metrics(self, request: Any, context: Any) -> api.ControllerMetricsResponse:

@@ -6,11 +6,12 @@ and unpacking one for a restore. Everything else is the runtime room's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,12 +29,17 @@ from supervisord_ctr.api.types.task import task_pb2
 from supervisord_ctr.model import Container, Exit, Mount, TypedValue
 from supervisord_ctr.rpc import any_from_value, any_to_value, lease_of, namespace_of, timestamp
 from supervisord_ctr.runtime import Tasks, TaskState, checkpoint
+from supervisord_ctr.services.convert import mounts_from_messages
+from supervisord_ctr.services.mount_steps import needs_steps
+from supervisord_ctr.services.mounts import Activation
 
 #: Go's zero time, which clients of containerd get for "not yet".
 _NEVER = -62135596800
 _CHUNK = 1 << 20
 _CHECKPOINT_OPTIONS = "containerd.runc.v1.CheckpointOptions"
 _RUNC_OPTIONS = "containerd.runc.v1.Options"
+#: Ties an activated root file system to its container.
+_CONTAINER_REF = "containerd.io/gc.bref.container"
 
 
 class Containers(Protocol):
@@ -41,6 +47,21 @@ class Containers(Protocol):
 
     async def get(self, namespace: str, id: str, /) -> Container:  # noqa: A002
         """The record, or NotFound."""
+
+
+class Activator(Protocol):
+    """Performs what the system cannot mount: `services.mounts.MountManager`."""
+
+    async def activate(
+        self, namespace: str, name: str, mounts: Sequence[Mount], *, labels: Mapping[str, str], lease: str | None
+    ) -> Activation:
+        """What is done, and what is left to mount; AlreadyExists."""
+
+    async def info(self, namespace: str, name: str) -> Activation:
+        """NotFound."""
+
+    async def deactivate(self, namespace: str, name: str) -> None:
+        """NotFound."""
 
 
 class Store(Protocol):
@@ -98,8 +119,9 @@ def _image_path(value: TypedValue | None) -> str:
 class TasksService(TasksServicer):
     """The service."""
 
-    def __init__(self, tasks: Tasks, database: Store, executors: Executors) -> None:
+    def __init__(self, tasks: Tasks, database: Store, executors: Executors, mounts: Activator) -> None:
         self._tasks = tasks
+        self._mounts = mounts
         self._database = database
         self._executors = executors
         self._scratch = tasks.scratch
@@ -107,30 +129,60 @@ class TasksService(TasksServicer):
     # -- life --------------------------------------------------------------------------------------
 
     async def Create(self, request: Any, context: Any) -> api.CreateTaskResponse:
-        namespace = namespace_of(context)
+        work = self._create(namespace_of(context), request, lease_of(context))
+        return await asyncio.shield(self._tasks.own(work, f"create {request.container_id}"))
+
+    async def _create(self, namespace: str, request: Any, lease: str | None) -> api.CreateTaskResponse:
         options = any_to_value(request.options)
         image = _image_path(options)
         async with contextlib.AsyncExitStack() as stack:
             if not image and request.HasField("checkpoint"):
                 await self._database.containers.get(namespace, request.container_id)
                 image = str(await stack.enter_async_context(self._unpacked(namespace, request.checkpoint)))
+            rootfs = await self._activated(
+                namespace, request.container_id, mounts_from_messages(request.rootfs), lease, stack
+            )
             pid = await self._tasks.create(
-                namespace, request.container_id,
-                rootfs=[Mount(item.type, item.source, tuple(item.options), item.target) for item in request.rootfs],
-                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal,
+                namespace, request.container_id, rootfs=rootfs, stdin=request.stdin,
+                stdout=request.stdout, stderr=request.stderr, terminal=request.terminal,
                 checkpoint=Path(image) if image else None, options=options, runtime_path=request.runtime_path,
             )
-            if image:
-                # The runtime reads the image at start; the task owns it from here on.
-                stack.pop_all()
+            # The runtime reads the image at start; the task owns it from here on, and the activated mounts.
+            stack.pop_all()
         return api.CreateTaskResponse(container_id=request.container_id, pid=pid)
+
+    async def _activated(
+        self, namespace: str, container: str, rootfs: Sequence[Mount], lease: str | None,
+        stack: contextlib.AsyncExitStack,
+    ) -> Sequence[Mount]:
+        """What is left to mount of a root file system; the activation has the container's name and ends with it."""
+        if needs_steps(rootfs) < 0:
+            return rootfs
+        await self._database.containers.get(namespace, container)
+        try:
+            made = await self._mounts.activate(
+                namespace, container, rootfs, labels={_CONTAINER_REF: container}, lease=lease
+            )
+        except errors.AlreadyExists:
+            return (await self._mounts.info(namespace, container)).system
+        stack.push_async_callback(self._mounts.deactivate, namespace, container)
+        return made.system
 
     async def Start(self, request: Any, context: Any) -> api.StartResponse:
         pid = await self._tasks.start(namespace_of(context), request.container_id, request.exec_id)
         return api.StartResponse(pid=pid)
 
     async def Delete(self, request: Any, context: Any) -> api.DeleteResponse:
-        return _deleted(await self._tasks.delete(namespace_of(context), request.container_id))
+        work = self._delete(namespace_of(context), request.container_id)
+        return _deleted(await asyncio.shield(self._tasks.own(work, f"delete {request.container_id}")))
+
+    async def _delete(self, namespace: str, container: str) -> Exit:
+        found = await self._tasks.delete(namespace, container)
+        with contextlib.suppress(errors.NotFound):
+            record = await self._mounts.info(namespace, container)
+            if record.labels.get(_CONTAINER_REF) == container:
+                await self._mounts.deactivate(namespace, container)
+        return found
 
     async def DeleteProcess(self, request: Any, context: Any) -> api.DeleteResponse:
         found = await self._tasks.delete_exec(namespace_of(context), request.container_id, request.exec_id)
@@ -210,7 +262,10 @@ class TasksService(TasksServicer):
     # -- checkpoints -------------------------------------------------------------------------------
 
     async def Checkpoint(self, request: Any, context: Any) -> api.CheckpointTaskResponse:
-        namespace = namespace_of(context)
+        work = self._checkpoint(namespace_of(context), request, lease_of(context))
+        return await asyncio.shield(self._tasks.own(work, f"checkpoint {request.container_id}"))
+
+    async def _checkpoint(self, namespace: str, request: Any, lease: str | None) -> api.CheckpointTaskResponse:
         container = await self._database.containers.get(namespace, request.container_id)
         await self._tasks.require(namespace, request.container_id)
         options = any_to_value(request.options)
@@ -218,7 +273,6 @@ class TasksService(TasksServicer):
         if image:
             await self._tasks.checkpoint(namespace, request.container_id, image, options)
             return api.CheckpointTaskResponse()
-        lease = lease_of(context)
         async with self._folder() as folder:
             await self._tasks.checkpoint(namespace, request.container_id, str(folder), options)
             packed = await self._pack(namespace, folder, lease)

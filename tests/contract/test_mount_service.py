@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import grpc
 import pytest
 
+from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2 as pb
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.linux.mounts import mounts_below
+from supervisord_ctr.linux.mounts import is_mountpoint, mounts_below
+from supervisord_ctr.model import Container, Mount, Runtime, TypedValue
 from supervisord_ctr.rpc import RpcServer
 from supervisord_ctr.services.mounts import MountManager, MountsService
 from tests.support.stores import open_stores
@@ -29,7 +33,7 @@ class Subject:
 async def subject(tmp_path: Path) -> AsyncIterator[Subject]:
     async with open_stores(tmp_path / "stores") as stores:
         folder = tmp_path / "mounts"
-        manager = MountManager(folder, stores.database, stores.executors)
+        manager = MountManager(folder, stores.database, stores.executors, roots=(stores.root,))
         await manager.open()
         stores.database.gc.parts.append(manager.collect)
         server = RpcServer(tmp_path / "s.sock")
@@ -43,6 +47,7 @@ async def subject(tmp_path: Path) -> AsyncIterator[Subject]:
         for item in await manager.list("ns"):
             await manager.deactivate("ns", item.name)
         await server.stop(1.0)
+        await manager.close()
         assert mounts_below(folder) == []
 
 
@@ -148,15 +153,117 @@ async def test_update_labels(subject: Subject, tmp_path: Path) -> None:
     assert await code(update({}, "active")) == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_p5_activations_of_lost_leases_are_collected(subject: Subject, tmp_path: Path) -> None:
+async def test_p5_activations_go_with_what_refers_to_them(subject: Subject, tmp_path: Path) -> None:
+    database = subject.stores.database
+    source = tmp_path / "source"
+    source.mkdir()
+    await database.leases.create("ns", "l")
+    await database.containers.create("ns", Container("c", {}, "", Runtime("r"), TypedValue("s", b"")))
+    await database.containers.create("ns", Container(
+        "d", {"containerd.io/gc.ref.mount.root": "referred"}, "", Runtime("r"), TypedValue("s", b"")
+    ))
+    await activate(subject, "leased", bind(source), temporary=True, metadata=(*METADATA, ("containerd-lease", "l")))
+    await activate(subject, "tied", bind(source), temporary=True, labels={"containerd.io/gc.bref.container": "c"})
+    await activate(subject, "referred", bind(source), temporary=True)
+    await activate(subject, "free", bind(source), temporary=True)
+
+    async def left() -> list[str]:
+        report = await database.gc.collect()
+        assert report.errors == ()
+        found = [item.name for item in await subject.manager.list("ns")]
+        assert len(list(subject.folder.iterdir())) == len(mounts_below(subject.folder)) == len(found)
+        return found
+
+    assert ("ns", "mount", "free") in (await database.gc.collect(dry_run=True)).removed
+    assert await left() == ["leased", "referred", "tied"]
+    await database.leases.delete("ns", "l")
+    assert await left() == ["referred", "tied"]
+    await database.containers.delete("ns", "c")
+    assert await left() == ["referred"]
+    await database.containers.delete("ns", "d")
+    assert await left() == []
+
+
+async def test_what_is_performed_for_a_while_is_not_collected_and_goes(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    mounts = [Mount("bind", str(tmp_path / "a"), ("rbind",)), Mount("format/bind", "{{ mount 0 }}", ("rbind",))]
+    async with subject.manager.performed(mounts) as left:
+        assert [mount.type for mount in left] == ["bind"]
+        assert is_mountpoint(left[0].source)
+        await subject.stores.database.gc.collect()
+        assert is_mountpoint(left[0].source)
+    assert list(subject.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("point", ["perform", "record"])
+async def test_p5_a_client_that_leaves_while_mounts_are_made_leaves_no_mount(
+    subject: Subject, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is cancelled in the middle: it is finished all the same, or nothing is left."""
+    reached, go = threading.Event(), threading.Event()
+    perform = subject.manager._perform
+
+    def slow(*arguments: Any) -> Any:
+        made = perform(*arguments)
+        reached.set()
+        assert go.wait(60)
+        return made
+
+    monkeypatch.setattr(subject.manager, "_perform", slow)
+    work = asyncio.get_running_loop().create_task(
+        subject.manager.activate("ns", "m", [Mount("bind", str(tmp_path), ("rbind",))], temporary=True)
+    )
+    await asyncio.to_thread(reached.wait, 60)
+    if point == "record":
+        go.set()
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    go.set()
+
+    async def recorded() -> bool:
+        return [item.name for item in await subject.manager.list("ns")] == ["m"]
+
+    await wait_until(recorded, 60, "the activation is finished")
+    assert len(mounts_below(subject.folder)) == 1
+    await subject.manager.deactivate("ns", "m")
+    assert list(subject.folder.iterdir()) == []
+
+
+async def test_a_file_system_is_made_and_mounted(subject: Subject, tmp_path: Path) -> None:
+    image = subject.stores.root / "disk.img"
+    made = types_pb2.Mount(type="mkfs/ext4", source=str(image), options=[
+        "X-containerd.mkfs.size=8 MiB", "X-containerd.mkfs.uuid=01234567-89ab-cdef-0123-456789abcdef", "loop",
+    ])
+    metadata = (*METADATA, ("containerd-lease", "l"))
     await subject.stores.database.leases.create("ns", "l")
-    leased = (*METADATA, ("containerd-lease", "l"))
-    await activate(subject, "leased", bind(tmp_path), temporary=True, metadata=leased)
-    await activate(subject, "free", bind(tmp_path), temporary=True)
-    await subject.stores.database.gc.collect()
-    assert [item.name for item in await subject.manager.list("ns")] == ["free", "leased"]
-    await subject.stores.database.leases.delete("ns", "l", sync=True)
-    assert [item.name for item in await subject.manager.list("ns")] == ["free"]
+    info = await activate(subject, "m", made, temporary=True, metadata=metadata)
+    point = Path(info.active[0].mount_point)
+    assert (list(info.active[0].mount.options), info.active[0].mount.type) == (["loop"], "ext4")
+    assert image.stat().st_size == 8 << 20
+    (point / "file").write_text("kept")
+    await subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)
+    info = await activate(subject, "m", made, temporary=True, metadata=metadata)
+    assert (Path(info.active[0].mount_point) / "file").read_text() == "kept"
+    await subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)
+    image.unlink()
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ([], "mkfs requires mkfs.size option"),
+    (["X-containerd.mkfs.size=x"], "invalid size"),
+    (["X-containerd.mkfs.size=1MiB", "X-containerd.mkfs.bad=1"], "unknown mount option bad"),
+    (["X-containerd.mkfs.size=1MiB", "X-containerd.mkfs.fs=ntfs"], "unsupported filesystem"),
+])
+async def test_bad_options_of_mkfs(subject: Subject, options: list[str], expected: str) -> None:
+    image = subject.stores.root / "disk.img"
+    with pytest.raises(grpc.aio.AioRpcError, match=expected) as caught:
+        await activate(subject, "m", types_pb2.Mount(type="mkfs/ext4", source=str(image), options=options),
+                       temporary=True)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert not image.exists()
+    outside = types_pb2.Mount(type="mkfs/ext4", source="/disk.img", options=["X-containerd.mkfs.size=1MiB"])
+    assert await code(activate(subject, "m", outside, temporary=True)) == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_p5_the_next_daemon_keeps_what_is_mounted_and_forgets_the_rest(subject: Subject, tmp_path: Path) -> None:
