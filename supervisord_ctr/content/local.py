@@ -88,6 +88,10 @@ class BlobFile:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        # Opened on a thread for a caller that was cancelled meanwhile: nobody got it.
+        self.close()
+
     def __enter__(self) -> BlobFile:
         return self
 

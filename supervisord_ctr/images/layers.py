@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supervisord_ctr.aio import Executors
+from supervisord_ctr.aio import Executors, shielded
 from supervisord_ctr.diff.compression import GZIP, NONE, ZSTD, Deflater
 from supervisord_ctr.diff.compute import Layer, write_layer
-from supervisord_ctr.errors import AlreadyExists, Unimplemented
+from supervisord_ctr.errors import AlreadyExists, NotFound, Unimplemented
 from supervisord_ctr.images import manifest as documents
 from supervisord_ctr.linux.mounts import temp_mount
 from supervisord_ctr.model import Descriptor, Mount
@@ -45,6 +45,7 @@ async def compare_mounts(
     if media_type not in _COMPRESSIONS:
         raise Unimplemented(f"unsupported diff media type: {media_type}", kind="layer", key=media_type)
     writer = await database.content.writer(namespace, ref or f"generated-diff-{secrets.token_hex(8)}", lease=lease)
+    done = False
     try:
         await writer.truncate(0)
         layer = await asyncio.shield(
@@ -56,9 +57,21 @@ async def compare_mounts(
         size, digest = writer.offset, writer.digest()
         with contextlib.suppress(AlreadyExists):
             await writer.commit(size, digest, {**(labels or {}), LABEL_UNCOMPRESSED: layer.diff_id})
+        done = True
     finally:
-        await writer.close()
+        # An ingest that the caller did not name is one that nobody would resume.
+        unwanted = not done and not ref
+        await shielded(database.content.owner, _end(database, namespace, writer, lease, unwanted), "end of a diff")
     return Descriptor(media_type, digest, size, {LABEL_UNCOMPRESSED: layer.diff_id})
+
+
+async def _end(
+    database: Database, namespace: str, writer: ContentWriter, lease: str | None, unwanted: bool
+) -> None:
+    await writer.close()
+    if unwanted:
+        with contextlib.suppress(NotFound):
+            await database.content.abort(namespace, writer.ref, lease=lease)
 
 
 def _compare(

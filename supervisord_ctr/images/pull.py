@@ -191,9 +191,10 @@ class Puller:
             return
         name = f"{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)}"
         expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _LEASE_LIFE))
-        await self.database.leases.create(namespace, name, {LABEL_GC_EXPIRE: expires})
         failed = True
         try:
+            # Inside: a caller that is cancelled now has asked for the lease, and the release comes after it.
+            await self.database.leases.create(namespace, name, {LABEL_GC_EXPIRE: expires})
             yield name
             failed = False
         finally:

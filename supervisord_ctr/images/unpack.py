@@ -220,10 +220,12 @@ class LayerFollower:
         await self._abandon()
 
     async def _abandon(self) -> None:
-        if self._job is not None:
-            await self._job.abort()
-            self._job = None
-        await self._stack.aclose()
+        try:
+            if self._job is not None:
+                job, self._job = self._job, None
+                await job.abort()
+        finally:
+            await self._stack.aclose()
 
     async def begin(self, fd: int, offset: int) -> None:
         """Start, or start over, in an empty snapshot."""
@@ -303,11 +305,27 @@ async def apply_to_mounts(
     if (upper := _upper_alone(mounts)) is not None:
         # Clients that unpack layers side by side name only where the changes go (containerd's unpacker does).
         return await _apply_to_path(pool, blob_fd, size, upper, limits, alone=True)
-    async with contextlib.AsyncExitStack() as stack:
-        mounted = temp_mount(mounts, scratch)
-        path = await executors.run_io(mounted.__enter__)
-        stack.push_async_callback(executors.run_io, mounted.__exit__, None, None, None)
+    async with _mounted(pool, executors, mounts, scratch) as path:
         return await _apply_to_path(pool, blob_fd, size, path, limits)
+
+
+@contextlib.asynccontextmanager
+async def _mounted(
+    pool: UnpackPool, executors: Executors, mounts: Sequence[Mount], scratch: Path
+) -> AsyncIterator[str]:
+    """Where `mounts` are mounted for the length of the block; gone afterwards, also when it never began."""
+    mounted = temp_mount(mounts, scratch)
+    entering = pool.owner.start(executors.run_io(mounted.__enter__), "mount")
+
+    async def leave() -> None:
+        await asyncio.wait([entering])
+        if not entering.cancelled() and entering.exception() is None:
+            await executors.run_io(mounted.__exit__, None, None, None)
+
+    try:
+        yield await asyncio.shield(entering)
+    finally:
+        await asyncio.shield(pool.owner.start(leave(), "unmount"))
 
 
 def _upper_alone(mounts: Sequence[Mount]) -> str | None:

@@ -181,6 +181,10 @@ class ContentWriter:
             await self._content.executors.run_io(self._inner.truncate, size)
 
     async def _unshare(self, size: int) -> None:
+        # Whatever becomes of the caller: a writer that was opened is one that `close` knows of.
+        await shielded(self._content.owner, self._copy(size), f"unshare {self.ref}")
+
+    async def _copy(self, size: int) -> None:
         if self._blob is None or self._closed:
             raise FailedPrecondition(f"ingest {self.ref}: the writer is closed", kind="ingest", key=self.ref)
         source = self._blob.digest
@@ -197,7 +201,14 @@ class ContentWriter:
                 raise
             return writer
 
-        self._inner = await self._content.executors.run_io(copy)
+        inner = await self._content.executors.run_io(copy)
+        self._inner = inner
+        if self._is_closed():
+            await self._content.executors.run_io(inner.close)
+
+    def _is_closed(self) -> bool:
+        """Asked again after a wait: whoever had the writer may have gone meanwhile."""
+        return self._closed
 
     async def commit(
         self, size: int = 0, expected: str = "", labels: Mapping[str, str] | None = None, *, durable: bool = True

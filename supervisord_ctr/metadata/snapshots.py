@@ -146,7 +146,9 @@ class NamespacedSnapshotter:
         """Change labels or labels.KEY; NotFound; InvalidArgument for other paths or no name."""
         if not info.name:
             raise InvalidArgument("snapshot name must not be empty", kind="snapshot")
+        return await shielded(self._owner, self._update(namespace, info, fieldpaths), f"update {info.name}")
 
+    async def _update(self, namespace: str, info: SnapshotInfo, fieldpaths: Sequence[str]) -> SnapshotInfo:
         def work(tx: Transaction) -> Row:
             row = _select(tx, namespace, self.name, info.name)
             if row is None:

@@ -44,28 +44,29 @@ class Stream:
         self._requests = requests
         self._outgoing: deque[any_pb2.Any] = deque()
         self._closed = False
-        self._changed = asyncio.Condition()
+        self._room = asyncio.Event()
+        self._ready = asyncio.Event()
 
     async def send(self, message: Message) -> None:
         """Send one message; waits while the client does not read."""
-        async with self._changed:
-            while len(self._outgoing) >= _OUTGOING and not self._closed:
-                await self._changed.wait()
-            if self._closed:
-                raise Unavailable("the stream is closed", kind="stream")
-            self._outgoing.append(pack(message))
-            self._changed.notify_all()
+        while len(self._outgoing) >= _OUTGOING and not self._closed:
+            self._room.clear()
+            await self._room.wait()
+        if self._closed:
+            raise Unavailable("the stream is closed", kind="stream")
+        self._outgoing.append(pack(message))
+        self._ready.set()
 
     async def outgoing(self) -> AsyncIterator[any_pb2.Any]:
         """What is sent, for the call that carries it; ends after `close`."""
         while True:
-            async with self._changed:
-                while not self._outgoing and not self._closed:
-                    await self._changed.wait()
-                if not self._outgoing:
-                    return
-                message = self._outgoing.popleft()
-                self._changed.notify_all()
+            while not self._outgoing and not self._closed:
+                self._ready.clear()
+                await self._ready.wait()
+            if not self._outgoing:
+                return
+            message = self._outgoing.popleft()
+            self._room.set()
             yield message
 
     async def receive(self) -> any_pb2.Any | None:
@@ -77,11 +78,11 @@ class Stream:
         except StopAsyncIteration:
             return None
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End the call when everything is sent; twice is fine."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._room.set()
+        self._ready.set()
 
 
 class Streams:
@@ -139,7 +140,7 @@ class StreamingService(streaming_pb2_grpc.StreamingServicer):
                 yield message
         finally:
             self._streams.forget(namespace, init.id)
-            await stream.close()
+            stream.close()
 
 
 class ByteReader:
@@ -165,9 +166,9 @@ class ByteReader:
             if data:
                 return data
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End the stream."""
-        await self._stream.close()
+        self._stream.close()
 
 
 class ByteWriter:
@@ -192,9 +193,9 @@ class ByteWriter:
             self._window -= len(piece)
             view = view[len(piece):]
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End the stream: the client sees its end of file."""
-        await self._stream.close()
+        self._stream.close()
 
 
 class ProgressSender:

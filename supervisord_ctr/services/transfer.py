@@ -120,10 +120,12 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
             yield lambda progress: sender.offer(_progress_message(progress))
         finally:
             sender.end()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
-                    await asyncio.shield(task)
-            await stream.close()
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(5.0):
+                        await asyncio.shield(task)
+            finally:
+                stream.close()
 
     # Registry.
 
@@ -240,7 +242,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
                 skip_nondistributable=target.skip_non_distributable,
             )
         finally:
-            await writer.close()
+            writer.close()
         tell(Progress("Completed export"))
 
     async def _echo(
@@ -253,7 +255,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
             while data := await reader.read():
                 await writer.write(data)
         finally:
-            await writer.close()
+            writer.close()
 
 
 def _decode(value: any_pb2.Any) -> Message:
