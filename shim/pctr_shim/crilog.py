@@ -185,8 +185,9 @@ class CriLogSink:
         else:
             self._rest += tail
         size = self._part
-        if len(self._rest) >= size:
-            cut = len(self._rest) - len(self._rest) % size
+        if len(self._rest) > size:
+            # A line of exactly this length is whole: its end may come with the next write.
+            cut = (len(self._rest) - 1) // size * size
             prefix = stamp + b" P "
             records += b"".join(
                 prefix + self._rest[start:start + size] + b"\n" for start in range(0, cut, size)

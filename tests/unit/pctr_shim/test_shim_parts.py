@@ -62,6 +62,19 @@ def test_a_cri_log_gives_back_what_was_written(tmp_path_factory: pytest.TempPath
     assert text == b"".join(chunks)
 
 
+@pytest.mark.parametrize(("length", "tags"), [
+    (crilog.PART - 1, b"F"), (crilog.PART, b"F"), (crilog.PART + 1, b"PF"), (3 * crilog.PART, b"PPF"),
+])
+def test_a_line_is_split_only_where_it_is_longer_than_a_part(log: crilog.LogFile, length: int, tags: bytes) -> None:
+    sink = crilog.CriLogSink(log, "stdout")
+    for piece in (b"x" * (length - 1), b"x", b"\n"):
+        sink.write(piece)
+    sink.close()
+    lines = content(log)
+    assert b"".join(tag for tag, _ in lines) == tags
+    assert b"".join(text for _, text in lines) == b"x" * length
+
+
 def test_a_log_is_cut_back_to_whole_records_when_the_disk_is_full(log: crilog.LogFile, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = crilog.CriLogSink(log, "stdout")
     sink.write(b"first\n")
