@@ -14,6 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 
 from supervisord_ctr import errors, faults
@@ -153,14 +154,16 @@ async def _prepare(
         files=core.environments.files(pod.id), places=places, handler=handler,
         systemd=core.systemd_cgroups(handler_name), features=features(), volumes=volumes,
         seccomp_default=core.settings.cri.seccomp_default, cdi_folders=core.settings.cri.cdi_dirs,
+        id_mapped=core.id_mapped_folder(container.id),
     )
     try:
-        builder = await core.executors.run_io(container_spec.build, what)
+        builder, mapped = await core.executors.run_io(container_spec.build, what)
     except errors.Error as error:
         raise type(error)(
             f"failed to generate container {container.id!r} spec: failed to generate spec opts: {error.message}",
             kind=error.kind, key=error.key,
         ) from error
+    container.id_mapped = [list(astuple(entry)) for entry in mapped]
     container.cgroup = builder.linux["cgroupsPath"]
     container.resources = resources_of(builder, config.linux.resources)
     return builder

@@ -10,10 +10,12 @@ import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
+from supervisord_ctr.cri.id_mapped import IdMapped, map_text
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.names import check_line
 from supervisord_ctr.oci.spec import SpecBuilder
@@ -34,9 +36,12 @@ class Features:
 
 def apply(
     builder: SpecBuilder, requested: Sequence[pb.Mount], extra: Sequence[pb.Mount], *, features: Features,
-    host_cgroup_namespace: bool,
-) -> None:
-    """Put the mounts into the specification. Blocking: looks at the host's paths and makes missing ones."""
+    host_cgroup_namespace: bool, id_mapped: Path,
+) -> list[IdMapped]:
+    """Put the mounts into the specification. Blocking: looks at the host's paths and makes missing ones.
+
+    Returns what has to be mounted with mapped owners below `id_mapped` before the container is made.
+    """
     wanted = list(requested)
     taken = {_clean(mount.container_path) for mount in wanted}
     wanted += [mount for mount in extra if _clean(mount.container_path) not in taken]
@@ -53,8 +58,16 @@ def apply(
         if _clean(entry["destination"]) not in places
         and not ("/dev" in places and _clean(entry["destination"]).startswith("/dev/"))
     ]
+    mapped: list[IdMapped] = []
     for mount in wanted:
-        builder.with_mounts([_entry(builder, mount, features)])
+        entry = _entry(builder, mount, features)
+        # An image volume is mapped where it is mounted.
+        if (mount.uidMappings or mount.gidMappings) and not mount.HasField("image"):
+            place = str(len(mapped))
+            mapped.append(IdMapped(place, entry["source"], map_text(mount.uidMappings), map_text(mount.gidMappings)))
+            entry["source"] = str(id_mapped / place)
+        builder.with_mounts([entry])
+    return mapped
 
 
 def _clean(path: str) -> str:
@@ -91,13 +104,11 @@ def _entry(builder: SpecBuilder, mount: pb.Mount, features: Features) -> dict[st
             raise errors.FailedPrecondition(
                 f"mount of {mount.host_path!r} needs id mapping, which this kernel does not have", kind="mount"
             )
-        entry["uidMappings"] = [_mapping(value) for value in mount.uidMappings]
-        entry["gidMappings"] = [_mapping(value) for value in mount.gidMappings]
+        if not (mount.uidMappings and mount.gidMappings):
+            raise errors.InvalidArgument(
+                f"mount of {mount.host_path!r} has a map of users or of groups without the other", kind="mount"
+            )
     return entry
-
-
-def _mapping(value: pb.IDMapping) -> dict[str, int]:
-    return {"containerID": value.container_id, "hostID": value.host_id, "size": value.length}
 
 
 def _source(mount: pb.Mount) -> str:

@@ -11,11 +11,13 @@ import posixpath
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import container_mounts, container_security, ids, userns
+from supervisord_ctr.cri.id_mapped import IdMapped
 from supervisord_ctr.linux import cgroups
 from supervisord_ctr.names import check_line
 from supervisord_ctr.oci import cdi, devices
@@ -66,10 +68,14 @@ class Build:
     volumes: Sequence[pb.Mount] = ()
     seccomp_default: bool = False
     cdi_folders: Sequence[str] = ()
+    id_mapped: Path = Path()
 
 
-def build(what: Build) -> SpecBuilder:
-    """The specification. Blocking: looks at host paths and devices. Raises `errors.Error`."""
+def build(what: Build) -> tuple[SpecBuilder, list[IdMapped]]:
+    """The specification, and what to mount with mapped owners below `id_mapped` before the container is made.
+
+    Blocking: looks at host paths and devices. Raises `errors.Error`.
+    """
     builder = SpecBuilder(what.namespace, what.container_id)
     context = what.config.linux.security_context
     builder.without_mounts("/run", "/dev/shm")
@@ -79,9 +85,9 @@ def build(what: Build) -> SpecBuilder:
     own_cgroup = unified and not context.privileged
     if own_cgroup:
         builder.with_namespace("cgroup")
-    container_mounts.apply(
+    mapped = container_mounts.apply(
         builder, what.config.mounts, [*container_mounts.pod_mounts(what.files, what.config), *what.volumes],
-        features=what.features, host_cgroup_namespace=unified and not own_cgroup,
+        features=what.features, host_cgroup_namespace=unified and not own_cgroup, id_mapped=what.id_mapped,
     )
     _devices(builder, what)
     container_security.apply(
@@ -96,7 +102,7 @@ def build(what: Build) -> SpecBuilder:
     _annotations(builder, what)
     if devices_of_vendors := cdi_devices(what.config):
         cdi.Registry(what.cdi_folders).load().inject(builder, devices_of_vendors)
-    return builder
+    return builder, mapped
 
 
 def _process(builder: SpecBuilder, what: Build) -> None:

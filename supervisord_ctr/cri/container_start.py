@@ -10,14 +10,16 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
 
 from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import checkpoint, exits
+from supervisord_ctr.cri import checkpoint, exits, id_mapped
 from supervisord_ctr.cri.container_report import publish_container
 from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.id_mapped import IdMapped
 from supervisord_ctr.cri.state import Container, Pod
 from supervisord_ctr.names import CRI_NAMESPACE
 
@@ -70,10 +72,11 @@ async def _run(core: Core, pod: Pod, container: Container) -> None:
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(_undo, core, container)
         images = await checkpoint.unpack(core, container)
-        pid = await core.tasks.create(
-            CRI_NAMESPACE, container.id, rootfs=None, stdin=streams.stdin, stdout=streams.stdout,
-            stderr=streams.stderr, terminal=container.config.tty, checkpoint=images,
-        )
+        async with _id_mapped(core, container):
+            pid = await core.tasks.create(
+                CRI_NAMESPACE, container.id, rootfs=None, stdin=streams.stdin, stdout=streams.stdout,
+                stderr=streams.stderr, terminal=container.config.tty, checkpoint=images,
+            )
         faults.point(CREATED)
         core.stages.enter(container.id, "starting the task")
         await core.tasks.start(CRI_NAMESPACE, container.id)
@@ -84,6 +87,20 @@ async def _run(core: Core, pod: Pod, container: Container) -> None:
     # The record may follow: until it is written, the task itself says that the container runs.
     core.owner.start(core.state.save_container(container), f"record {container.id}")
     exits.watch(core, container)
+
+
+@contextlib.asynccontextmanager
+async def _id_mapped(core: Core, container: Container) -> AsyncIterator[None]:
+    """Volumes with mapped owners are there while the container is made."""
+    if not container.id_mapped:
+        yield
+        return
+    folder, wanted = core.id_mapped_folder(container.id), [IdMapped(*entry) for entry in container.id_mapped]
+    try:
+        await core.executors.run_io(id_mapped.make, folder, wanted)
+        yield
+    finally:
+        await core.executors.run_io(id_mapped.drop, folder)
 
 
 class Streams:

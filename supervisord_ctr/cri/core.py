@@ -272,6 +272,10 @@ class Core:
         """Where a container keeps what must survive a reboot (its volumes)."""
         return self.root / "containers" / container_id
 
+    def id_mapped_folder(self, container_id: str) -> Path:
+        """Where a container's volumes with mapped owners are mounted while it is made."""
+        return self.run / "id-mapped" / container_id
+
     @contextlib.asynccontextmanager
     async def hold(self, key: str, what: str) -> AsyncIterator[None]:
         """The lock of a pod or container; what runs under it is told by `stages`."""

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from supervisord_ctr import errors
+from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import ids
 from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.id_mapped import map_text
 from supervisord_ctr.cri.state import Container
 from supervisord_ctr.linux import files
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.model import Mount
 from supervisord_ctr.names import CRI_NAMESPACE, LABEL_GC_ROOT, check_line
+from supervisord_ctr.snapshots import CAPABILITY_REMAP_IDS
+from supervisord_ctr.snapshots.interface import LABEL_GID_MAPPING, LABEL_UID_MAPPING
 
 
 def _failed(kind: type[errors.Error], message: str) -> errors.Error:
@@ -44,7 +49,7 @@ async def mount_all(core: Core, container: Container) -> None:
         key = f"{container.id}-volume-{index}"
         container.image_mounts.append(key)
         snapshotter = core.database.snapshotter(container.snapshotter)
-        labels = {LABEL_GC_ROOT: ids.KIND_CONTAINER}
+        labels = {LABEL_GC_ROOT: ids.KIND_CONTAINER, **_mapping_labels(mount, snapshotter.capabilities)}
         try:
             layers = await snapshotter.view(CRI_NAMESPACE, key, image.chain_id, labels)
         except errors.NotFound:
@@ -53,6 +58,15 @@ async def mount_all(core: Core, container: Container) -> None:
         target = folder_of(core, container.id) / str(index)
         path = await core.executors.run_io(_mount, layers, target, mount.image_sub_path)
         mount.host_path, mount.image.image_ref = path, image.id
+
+
+def _mapping_labels(mount: pb.Mount, capabilities: Collection[str]) -> dict[str, str]:
+    """Labels that have the owners of the image's files mapped, as the mount asks."""
+    if not mount.uidMappings and not mount.gidMappings:
+        return {}
+    if CAPABILITY_REMAP_IDS not in capabilities:
+        raise _failed(errors.FailedPrecondition, "the snapshotter cannot map owners, as a user namespace needs it")
+    return {LABEL_UID_MAPPING: map_text(mount.uidMappings), LABEL_GID_MAPPING: map_text(mount.gidMappings)}
 
 
 def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str) -> str:

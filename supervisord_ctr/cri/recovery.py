@@ -16,7 +16,7 @@ from pathlib import Path
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import exits, ids, image_volumes
+from supervisord_ctr.cri import exits, id_mapped, ids, image_volumes
 from supervisord_ctr.cri.container_create import remove_traces
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.pods_pause import watch_pause
@@ -42,6 +42,7 @@ async def recover(core: Core) -> None:
     await core.images.load()
     await core.executors.run_io(shutil.rmtree, core.run / "exec", True)
     await core.executors.run_io(shutil.rmtree, core.run / "checkpoint", True)
+    await core.executors.run_io(id_mapped.drop_all, core.run / "id-mapped")
     for pod in core.state.pods():
         await _pod(core, pod)
     for container in core.state.containers():

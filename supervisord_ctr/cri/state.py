@@ -192,6 +192,7 @@ class Container:
     gid: int = 0
     groups: list[int] = field(default_factory=list)
     image_mounts: list[str] = field(default_factory=list)
+    id_mapped: list[list[str]] = field(default_factory=list)
     resources: pb.LinuxContainerResources | None = None
     _item: pb.Container | None = field(default=None, repr=False)
     _status: pb.ContainerStatus | None = field(default=None, repr=False)
@@ -257,7 +258,7 @@ _SCALARS = (
     "id", "name", "pod_id", "image_id", "image_digest", "image_name", "log_path", "stop_signal", "snapshotter",
     "runtime", "cgroup", "stage", "created_at", "started_at", "finished_at", "exit_code", "reason", "message", "pid",
     "oom", "oom_level", "asked", "signal", "asked_signal", "removing", "checkpoint", "uid", "gid", "groups",
-    "image_mounts",
+    "image_mounts", "id_mapped",
 )
 
 E = TypeVar("E", Pod, Container)

@@ -404,13 +404,17 @@ def set_attributes(
 
 def idmap_mount(
     source: str | os.PathLike[str], target: str | os.PathLike[str], userns: int, *,
-    attributes: int = 0, recursive: bool = False,
+    attributes: int = 0, recursive: bool = False, map_below: bool = True,
 ) -> None:
-    """Mount a copy of `source` onto `target` with owners shifted by the user namespace `userns`."""
+    """Mount a copy of `source` onto `target` with owners shifted by the user namespace `userns`.
+
+    With `recursive` what is mounted below comes along, its owners shifted too unless `map_below` is false.
+    """
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc.AT_EMPTY_PATH | (libc.AT_RECURSIVE if recursive else 0)
     tree = libc.syscall(libc.SYS_OPEN_TREE, libc.AT_FDCWD, os.fsencode(source), flags, path=source)
     try:
-        set_attributes("", set_=MOUNT_ATTR_IDMAP | attributes, userns=userns, recursive=recursive, dir_fd=tree)
+        deep = recursive and map_below
+        set_attributes("", set_=MOUNT_ATTR_IDMAP | attributes, userns=userns, recursive=deep, dir_fd=tree)
         libc.syscall(
             libc.SYS_MOVE_MOUNT, tree, b"", libc.AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH, path=target
         )

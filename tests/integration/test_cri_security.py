@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from tests.support.cri import Cri, running_cri
+from tests.support.daemon import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +301,50 @@ def test_user_namespaces_map_root_to_nobody_outside(cri: Cri) -> None:
     with pytest.raises(grpc.RpcError, match="user namespace config for sandbox is different"):
         cri.create(*again, wanted)
     cri.remove_pod(again[0])
+
+
+def test_p24_volumes_of_a_user_namespace_keep_their_owners(cri: Cri, tmp_path: Path) -> None:
+    """Folders, files, image volumes and volumes that the image declares: root inside is root on the disk."""
+    image = cri.registry.add("test/declares:1", {"Volumes": {"/data/sub": {}}})
+    cri.pull(image)
+    volume = tmp_path / "volume"
+    (volume / "below").mkdir(parents=True)
+    (volume / "of-root").write_text("root's")
+    (volume / "of-1000").write_text("user's")
+    os.chown(volume / "of-1000", 1000, 1000)
+    mapping = [pb.IDMapping(host_id=2_000_000, container_id=0, length=65536)]
+    options = pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping)
+    config = cri.pod_config()
+    config.linux.security_context.namespace_options.userns_options.CopyFrom(options)
+    pod, _ = cri.run_pod(config)
+
+    def mapped(**fields: Any) -> pb.Mount:
+        return pb.Mount(uidMappings=mapping, gidMappings=mapping, **fields)
+
+    wanted = cri.container_config(
+        "stat -c '%u:%g' /volume/of-root /volume/of-1000 /file /image/etc/passwd /image/data/sub /data/sub/file;"
+        "echo made > /volume/made; echo more >> /file; echo in > /data/sub/new; stat -c %u /volume/made /data/sub/new;"
+        "(echo x > /image/x) 2>/dev/null || echo read-only; cat /etc/hosts > /dev/null && echo readable; sleep 600",
+        mounts=[
+            mapped(container_path="/volume", host_path=str(volume)),
+            mapped(container_path="/file", host_path=str(volume / "of-root")),
+            mapped(container_path="/image", image=pb.ImageSpec(image=cri.image), readonly=True),
+        ],
+    )
+    wanted.image.image = image
+    wanted.linux.security_context.namespace_options.userns_options.CopyFrom(options)
+    container = cri.create(pod, config, wanted)
+    assert cri.create(pod, config, wanted) == container
+    cri.start(container)
+    wait_until(lambda: len(cri.log(config)) >= 10, "the container has looked", 60)
+    assert [text for _, _, text in cri.log(config)] == [
+        "0:0", "1000:1000", "0:0", "0:0", "1000:1000", "1000:1000", "0", "0", "read-only", "readable",
+    ]
+    assert (volume / "made").stat().st_uid == 0
+    assert (volume / "of-root").read_text() == "root'smore\n"
+    left = cri.daemon.state / "cri" / "id-mapped"
+    assert not left.exists() or not list(left.iterdir())
+    cri.remove_pod(pod)
 
 
 def test_s3_no_descriptor_of_the_daemon_reaches_a_container(cri: Cri, pod: tuple[str, pb.PodSandboxConfig]) -> None:
