@@ -1,4 +1,4 @@
-"""What a shim is told when it starts; nothing of it changes afterwards."""
+"""What a shim is told when it starts to serve; nothing of it changes afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _empty() -> Mapping[str, str]:
     return {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ShimConfig:
     """`group` is the container or sandbox that the shim was started for, `socket` its listening path.
 
@@ -21,10 +21,10 @@ class ShimConfig:
     `address`) is run for each; without both, events go nowhere.
     """
 
-    namespace: str
-    group: str
-    bundle: str
-    socket: str
+    namespace: str = ""
+    group: str = ""
+    bundle: str = ""
+    socket: str = ""
     events: str = ""
     publish_binary: str = ""
     address: str = ""
@@ -32,3 +32,8 @@ class ShimConfig:
     runtime_root: str = FOREIGN_RUNTIME_ROOT
     debug: bool = False
     env: Mapping[str, str] = field(default_factory=_empty)
+
+    def become(self, other: ShimConfig) -> None:
+        """Take over what `other` says: who has been given this object before it was known has it from now on."""
+        for name in ShimConfig.__slots__:
+            setattr(self, name, getattr(other, name))

@@ -25,7 +25,7 @@ from pctr_shim import attach, records
 from pctr_shim.config import ShimConfig
 from pctr_shim.process import ExecProcess, InitProcess, Process
 from pctr_shim.reaper import Reaper
-from pctr_shim.runc import Runtime
+from pctr_shim.runc import Runtime, environment
 from pctr_shim.states import EXEC_CREATED
 from pctr_shim.stdio import StreamAddresses
 from pctr_shim.values import timestamp
@@ -79,7 +79,7 @@ class Container:
         root = options.root or config.runtime_root
         self.runtime = Runtime.find(
             options.binary_name or config.runtime, os.path.join(root, config.namespace), options.systemd_cgroup,
-            dict(os.environ),
+            environment(),
         )
 
     def path(self, name: str) -> str:

@@ -67,6 +67,7 @@ def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str
 def _strip(keep: int) -> None:
     os.setsid()
     processes.set_name("pctr-pause")
+    processes.set_title("pctr-pause")
     processes.set_parent_death_signal(0)
     _empty_root()
     os.closerange(0, keep)

@@ -1,6 +1,6 @@
 """The reaper: starts programs cheaply and learns of every exit, whoever's child it was.
 
-Owns SIGCHLD and wait(2) of the whole process; nothing else in the shim may wait for a child.
+Owns wait(2) of the whole process; nothing else in the shim may wait for a child.
 
 The race that matters: a container may exit before the call that started it has told us its pid. While
 anybody is inside `expecting()`, exits of unknown processes are kept; `adopt` then finds its own
@@ -29,33 +29,14 @@ OnExit = Callable[[Exit, int], None]
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def on_signal(number: int, call: Callable[[], None]) -> None:
-    """Have `call` run on the running loop when the signal comes.
-
-    The loop's own `add_signal_handler` first turns every signal number there is into an enum member, twice:
-    2 ms and dozens of pages in a process that lives for one container.
-    """
-    loop = asyncio.get_running_loop()
-
-    def handler(*_: object) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(call)  # wakes the loop from its wait
-
-    signal.signal(number, handler)
-
-
 class Reaper:
-    """Call `start` once on the loop that serves."""
+    """Have `reap` called whenever SIGCHLD comes."""
 
     def __init__(self) -> None:
         self._helpers: dict[int, asyncio.Future[int]] = {}
         self._adopted: dict[int, OnExit] = {}
         self._early: dict[int, tuple[Exit, int]] = {}
         self._expecting = 0
-
-    def start(self) -> None:
-        """Take SIGCHLD of the running loop."""
-        on_signal(signal.SIGCHLD, self.reap)
 
     def reap(self) -> None:
         """Collect every child that has ended."""
@@ -101,12 +82,12 @@ class Reaper:
 
     def adopt(self, pid: int, on_exit: OnExit) -> None:
         """Have `on_exit(exit, signal)` called when `pid` ends; at once when it already has."""
-        self.reap()
         early = self._early.pop(pid, None)
         if early is not None:
             self._tell(on_exit, *early)
         else:
             self._adopted[pid] = on_exit
+            self.reap()
 
     def spawn(
         self, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,12 @@ from pctr_shim.reaper import Reaper
 from supervisord_ctr import errors
 
 _GONE_CHECK = 0.05
+
+
+@functools.cache
+def environment() -> Mapping[str, str]:
+    """This process's environment, read once: what changes it clears the cache."""
+    return dict(os.environ)
 
 
 @dataclass(frozen=True, slots=True)

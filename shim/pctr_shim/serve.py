@@ -2,6 +2,9 @@
 
 Runs in a process of its own, which the zygote or `__main__` has made: this module turns it into a shim
 (subreaper, name, working directory, environment) and returns when it is done.
+
+A `Shim` and its loop are made before it is known for whom: the zygote does so before it forks, so that what
+this takes, in memory and in time, is taken once. The fork calls `Loop.renew`.
 """
 
 from __future__ import annotations
@@ -10,15 +13,20 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
+import selectors
 import signal
 import socket
+import time
 
+from pctr_shim import runc
 from pctr_shim.config import ShimConfig
 from pctr_shim.private import SERVICE as PRIVATE
 from pctr_shim.private import PrivateService
 from pctr_shim.publisher import Publisher
-from pctr_shim.reaper import Reaper, on_signal
+from pctr_shim.reaper import Reaper
 from pctr_shim.service import SERVICES, TaskService
+from pctr_shim.signals import Signals
 from supervisord_ctr.linux import processes
 from supervisord_ctr.ttrpc.server import Server
 
@@ -29,62 +37,107 @@ _FAREWELL = 2.0
 _NOT_OURS = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
-def prepare() -> asyncio.AbstractEventLoop:
-    """What needs no configuration: the process's place in the system, and its loop."""
-    processes.set_child_subreaper()
-    os.chdir("/")  # bundles come and go
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop that a fork of its process can go on with, even from inside a coroutine."""
+
+    def __init__(self) -> None:
+        self._polled = selectors.EpollSelector()
+        super().__init__(self._polled)
+        self.signals = Signals()
+        self._descriptors: tuple[int, ...] = ()
+
+    def _write_to_self(self) -> None:
+        """Wake the loop from another thread: by our pipe, since asyncio's own would be the parent's as well."""
+        self.signals.wake()
+
+    def before_fork(self) -> None:
+        """Note what a fork will have to watch for itself."""
+        self._descriptors = tuple(key.fd for key in self._polled.get_map().values())
+
+    def renew(self) -> None:
+        """In a fork, before anything is awaited: let nothing that happens here be seen by the parent, or vice versa."""
+        self.signals.renew()
+        with select.epoll() as fresh:
+            for fd in self._descriptors:
+                fresh.register(fd, select.EPOLLIN)
+            os.dup2(fresh.fileno(), self._polled.fileno(), inheritable=False)
+        asyncio._set_running_loop(self)  # which counts for one process only
+
+
+class Shim:
+    """One shim. Make it on the loop that serves; `serve` gives it its configuration."""
+
+    def __init__(self, signals: Signals) -> None:
+        self.config = ShimConfig()
+        self.reaper = Reaper()
+        self.publisher = Publisher(self.config, self.reaper)
+        self._stopped = asyncio.Event()
+        self.tasks = TaskService(self.config, self.reaper, self.publisher, self._stopped.set)
+        methods = self.tasks.methods()
+        self.server = Server({
+            **dict.fromkeys(SERVICES, methods),
+            PRIVATE: PrivateService(self.config, self.tasks, self.publisher).methods(),
+        })
+        signals.calls.update({
+            signal.SIGCHLD: self.reaper.reap, signal.SIGTERM: self._asked_to_end, signal.SIGINT: self._asked_to_end
+        })
+
+    def _asked_to_end(self) -> None:
+        """SIGTERM and SIGINT end a shim without containers; one with containers outlives them."""
+        if self.tasks.containers:
+            log.warning("asked to end, but %d containers need this shim", len(self.tasks.containers))
+        else:
+            self._stopped.set()
+
+    async def serve(self, config: ShimConfig, listener: socket.socket) -> None:
+        """Serve until a Shutdown finds nothing left to serve."""
+        processes.set_name("pctr-shim")
+        processes.set_title(
+            f"containerd-shim-pctr-v1 -namespace {config.namespace} -id {config.group} -address {config.socket}"
+        )
+        processes.set_child_subreaper()
+        os.chdir(os.path.dirname(config.socket) or "/")  # bundles come and go
+        if config.env:
+            os.environ.update(config.env)
+            runc.environment.cache_clear()
+        self.config.become(config)
+        self.tasks.started_at = time.time()
+        self.publisher.start()
+        await self.server.serve(listener)
+        await self._stopped.wait()
+        await self.server.wait_idle(_FAREWELL)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(config.socket)
+        await self.publisher.close()
+        await self.server.close()
+        await self.tasks.tasks.close()
+
+
+def prepare() -> None:
+    """What a shim wants of its process and a fork inherits: signals, environment, what is looked up once."""
+    processes.argument_area()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     for name in _NOT_OURS:
         os.environ.pop(name, None)
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    return loop
+    runc.environment.cache_clear()
 
 
-def run(config: ShimConfig, listener: socket.socket, loop: asyncio.AbstractEventLoop | None = None) -> None:
-    """Serve until a Shutdown finds nothing left to serve. Never returns an error: it logs it."""
-    processes.set_name("pctr-shim")
-    loop = loop or prepare()
-    os.environ.update(config.env)
+def run(config: ShimConfig, listener: socket.socket) -> None:
+    """Be a shim on a loop of its own. Never returns an error: it logs it."""
+    prepare()
+    loop = Loop()
     try:
-        loop.run_until_complete(_serve(config, listener))
+        loop.run_until_complete(_run(loop, config, listener))
     except Exception:
         log.exception("shim %s failed", config.group)
     finally:
         loop.close()
 
 
-async def _serve(config: ShimConfig, listener: socket.socket) -> None:
-    stopped = asyncio.Event()
-    reaper = Reaper()
-    reaper.start()
-    publisher = Publisher(config, reaper)
-    publisher.start()
-    tasks = TaskService(config, reaper, publisher, stopped.set)
-    methods = tasks.methods()
-    server = Server({
-        **dict.fromkeys(SERVICES, methods), PRIVATE: PrivateService(config, tasks, publisher).methods(),
-    })
-    await server.serve(listener)
-    _take_signals(tasks, stopped)
-    await stopped.wait()
-    await server.wait_idle(_FAREWELL)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(config.socket)
-    await publisher.close()
-    await server.close()
-    await tasks.tasks.close()
-
-
-def _take_signals(tasks: TaskService, stopped: asyncio.Event) -> None:
-    """SIGTERM and SIGINT end a shim without containers; one with containers outlives them."""
-    def ask() -> None:
-        if tasks.containers:
-            log.warning("asked to end, but %d containers need this shim", len(tasks.containers))
-        else:
-            stopped.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        on_signal(number, ask)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+async def _run(loop: Loop, config: ShimConfig, listener: socket.socket) -> None:
+    loop.signals.watch()
+    shim = Shim(loop.signals)
+    loop.signals.install(list(loop.signals.calls))
+    await shim.serve(config, listener)

@@ -56,7 +56,7 @@ Not here: what a shim does (`service.py`), how a foreign daemon starts one (`__m
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -65,14 +65,14 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from pctr_shim import cleanup, pause, serve, warm
 from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
+from pctr_shim.signals import Signals
 from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import cgroups, libc, namespaces, processes
+from supervisord_ctr.linux import cgroups, libc, memory, namespaces, processes
 from supervisord_ctr.ttrpc.server import listen
 
 log = logging.getLogger(__name__)
@@ -94,32 +94,51 @@ class _Spare:
     work: socket.socket
 
 
+@dataclass(frozen=True, slots=True)
+class _Employment:
+    """What a fork is to do: be the shim of `request`, or, while that is None, wait for one on `listener`."""
+
+    request: dict[str, Any] | None
+    listener: socket.socket
+
+
 class Zygote:
     """Serves one connection until it ends."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, signals: Signals) -> None:
         self._connection = connection
+        self._signals = signals
         self._spare: _Spare | None = None
         self._wants_spare = False
 
-    def run(self) -> None:
-        """Answer requests until the daemon's end closes."""
+    def run(self) -> _Employment | None:
+        """Answer requests until the daemon's end closes: None then, and in each shim that was forked its employment."""
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
+        poll.register(self._signals.reader, select.POLLIN)
         while True:
-            patience = 1000 * (_UNUSED if self._spare is not None else _QUIET)
-            if (self._spare is not None or self._wants_spare) and not poll.poll(patience):
-                self._turn_spare()
-                continue
-            try:
-                packet = self._connection.recv(_PACKET)
-            except ConnectionError:
-                return
-            if not packet:
-                return
-            self._answer(packet)
+            patience = _UNUSED if self._spare is not None else _QUIET if self._wants_spare else None
+            ready = poll.poll(None if patience is None else 1000 * patience)
+            employment = None
+            if not ready:
+                employment = self._turn_spare()
+            for fd, _ in ready:
+                if fd != self._connection.fileno():
+                    if signal.SIGTERM in self._signals.take():
+                        return None
+                    _reap()
+                    continue
+                try:
+                    packet = self._connection.recv(_PACKET)
+                except ConnectionError:
+                    return None
+                if not packet:
+                    return None
+                employment = self._answer(packet)
+            if employment is not None:
+                return employment
 
-    def _answer(self, packet: bytes) -> None:
+    def _answer(self, packet: bytes) -> _Employment | None:
         serial = 0
         try:
             request = json.loads(packet)
@@ -131,8 +150,8 @@ class Zygote:
             if operation is None:
                 raise errors.Unimplemented(f"zygote does not know {request['op']!r}")
             reply = operation(serial, request)
-            if reply is None:
-                return
+            if reply is None or isinstance(reply, _Employment):
+                return reply
         except (ValueError, KeyError, TypeError) as error:
             reply = _failure(errors.InvalidArgument(f"zygote request is wrong: {type(error).__name__}: {error}"))
         except OSError as error:
@@ -140,6 +159,7 @@ class Zygote:
         except errors.Error as error:
             reply = _failure(error)
         self._send({"serial": serial, **reply})
+        return None
 
     def _send(self, reply: dict[str, Any]) -> None:
         try:
@@ -150,7 +170,7 @@ class Zygote:
     def _ping(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
         return {"pid": os.getpid()}
 
-    def _fork_shim(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
+    def _fork_shim(self, serial: int, request: dict[str, Any]) -> dict[str, Any] | _Employment:
         config = _config_of(request)
         if not os.path.isdir(config.bundle):
             raise errors.NotFound(f"bundle {config.bundle} is not a folder", kind="bundle", key=config.bundle)
@@ -162,13 +182,14 @@ class Zygote:
             if not pid:
                 pid = libc.fork()
                 if pid == 0:
-                    _become_shim(request, listener, self._leave)
+                    self._leave()
+                    return _Employment(request, listener)
                 started = processes.read_start_time(pid)
         except OSError:
             os.unlink(config.socket)
-            raise
-        finally:
             listener.close()
+            raise
+        listener.close()
         return {"pid": pid, "start_time": started, "address": f"unix://{config.socket}"}
 
     def _leave(self) -> None:
@@ -176,34 +197,34 @@ class Zygote:
         self._connection.close()
         if self._spare is not None:
             self._spare.work.close()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     # Spares
 
-    def _turn_spare(self) -> None:
+    def _turn_spare(self) -> _Employment | None:
         """Nobody asked for a while: make a spare shim, or end the one that nobody needs."""
         self._wants_spare = False
         if self._spare is not None:
             self._spare.work.close()
             self._spare = None
-            return
+            return None
         try:
-            self._spare = self._fork_spare()
-        except OSError as error:
-            log.warning("forking a spare shim: %s", error)
-
-    def _fork_spare(self) -> _Spare:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 pid = libc.fork()
-                if pid == 0:
-                    ours.close()
-                    _be_spare(theirs, self._leave)
-                return _Spare(pid, processes.read_start_time(pid), ours)
             except OSError:
                 ours.close()
+                theirs.close()
                 raise
+        except OSError as error:
+            log.warning("forking a spare shim: %s", error)
+            return None
+        if pid == 0:
+            ours.close()
+            self._leave()
+            return _Employment(None, theirs)
+        theirs.close()
+        self._spare = _Spare(pid, processes.read_start_time(pid), ours)
+        return None
 
     def _employ_spare(self, request: dict[str, Any], listener: socket.socket) -> tuple[int, int]:
         """Give the request to the spare: its pid and start time; 0 when there is none."""
@@ -217,6 +238,9 @@ class Zygote:
                 log.warning("the spare shim is gone: %s", error)
                 return 0, 0
         return spare.pid, spare.start_time
+
+    # Others
+
     def _fork_pause(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
         enter = [
             (str(request.get(key, "")), kind)
@@ -256,7 +280,7 @@ class Zygote:
         try:
             if self._spare is not None:
                 self._spare.work.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._signals.renew()
             record = cleanup.clean_up(*arguments)
             self._send({
                 "serial": serial, "pid": record.pid, "exit_status": record.exit_status,
@@ -280,47 +304,61 @@ def _config_of(request: dict[str, Any]) -> ShimConfig:
     )
 
 
-def _become_shim(request: dict[str, Any], listener: socket.socket, leave: Callable[[], None]) -> NoReturn:
-    """In the child: a session of its own, then serve."""
+async def _live(connection: socket.socket, loop: serve.Loop) -> None:
+    """Make a shim, then be the zygote of shims: this goes on in every fork where it stands in the zygote."""
+    loop.signals.watch()
+    shim = serve.Shim(loop.signals)
+    loop.signals.install(list(loop.signals.calls))
+    zygote = Zygote(connection, loop.signals)
+    loop.before_fork()
+    kept = memory.fill_gaps()
+    gc.freeze()
+    employment = zygote.run()
+    if employment is None:
+        del kept
+        return
     try:
-        leave()
         os.setsid()
-        _serve(request, listener, serve.prepare())
+        loop.renew()
+        await _be_employed(employment, shim)
     except BaseException:
-        log.exception("shim %s failed", request.get("id"))
+        log.exception("shim failed")
         os._exit(1)
     os._exit(0)
 
 
-def _be_spare(work: socket.socket, leave: Callable[[], None]) -> NoReturn:
-    """In the child: get ready, wait for work, become its shim; end when no work can come any more."""
-    try:
-        leave()
-        os.setsid()
+async def _be_employed(employment: _Employment, shim: serve.Shim) -> None:
+    request, listener = employment.request, employment.listener
+    if request is None:
         processes.set_name("pctr-spare")
-        loop = serve.prepare()
-        loop.run_until_complete(warm.rehearse())
-        packet, descriptors, _, _ = socket.recv_fds(work, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
-        work.close()
-        if packet and descriptors:
-            _serve(json.loads(packet), socket.socket(fileno=descriptors[0]), loop)
-    except BaseException:
-        log.exception("spare shim failed")
-        os._exit(1)
-    os._exit(0)
+        await warm.rehearse(shim)
+        packet, descriptors, _, _ = socket.recv_fds(listener, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        listener.close()
+        if not packet or not descriptors:
+            return  # the zygote ended, or needs us no more
+        request, listener = json.loads(packet), socket.socket(fileno=descriptors[0])
+    await _serve(request, listener, shim)
 
 
-def _serve(request: dict[str, Any], listener: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+async def _serve(request: dict[str, Any], listener: socket.socket, shim: serve.Shim) -> None:
     config = _config_of(request)
     _redirect(str(request.get("log", "")))
-    logging.getLogger().setLevel(logging.DEBUG if config.debug else logging.INFO)
+    if config.debug:
+        logging.getLogger().setLevel(logging.DEBUG)
     if (score := request.get("oom_score_adj")) is not None:
         processes.set_oom_score_adj(os.getpid(), int(score))
     try:
         cgroups.join([str(folder) for folder in request.get("cgroups", [])], os.getpid())
     except OSError as error:
         log.warning("joining a cgroup: %s", error)
-    serve.run(config, listener, loop)
+    await shim.serve(config, listener)
+
+
+def _reap() -> None:
+    """Children that have ended: forked shims, and helpers."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _failure(error: errors.Error) -> dict[str, Any]:
@@ -340,7 +378,7 @@ def _redirect(log_path: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run on the descriptor given as the only argument."""
+    """Run on the descriptor given as the first argument; a second one only makes room for a title of the forks."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     number = int(arguments[0])
     os.closerange(3, number)  # what else was inherited must not reach a container (S3)
@@ -348,12 +386,11 @@ def main(arguments: list[str]) -> int:
     connection = socket.socket(fileno=number)
     connection.set_inheritable(False)
     processes.set_name("pctr-zygote")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the daemon, which then closes our end
-    warm.warm_up()
-    gc.collect()
-    gc.freeze()
-    Zygote(connection).run()
+    serve.prepare()
+    kept = warm.warm_up()
+    loop = serve.Loop()
+    loop.run_until_complete(_live(connection, loop))
+    del kept
     return 0
 
 

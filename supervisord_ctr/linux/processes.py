@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import signal
 import socket
@@ -31,6 +32,10 @@ _SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CAPABILITY_VERSION_3 = 0x20080522
 
+#: prctl(2) whose second argument is a text: a function object of its own, with types of its own.
+_prctl_text = libc.libc["prctl"]
+_prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+
 
 def set_child_subreaper(enabled: bool = True) -> None:
     """Become the parent of orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER)."""
@@ -51,8 +56,36 @@ def set_parent_death_signal(number: int) -> None:
 
 def set_name(name: str) -> None:
     """The name that /proc/PID/comm shows; cut at 15 bytes."""
-    buffer = ctypes.create_string_buffer(name.encode()[:15])
-    libc.prctl_pointer(PR_SET_NAME, buffer)
+    libc.check(_prctl_text(PR_SET_NAME, name.encode()[:15], 0, 0, 0))
+
+
+def set_title(title: str) -> None:
+    """What /proc/PID/cmdline, and so ps, shows from now on; cut at the room that the arguments took at the start.
+
+    The kernel shows the arguments where execve(2) put them. When the last byte there is not zero, it shows one
+    text up to the first zero byte instead (proc(5); the convention of setproctitle(3)).
+    """
+    start, end = argument_area()
+    room = end - start
+    if room < 3:
+        return
+    text = title.encode()[:room - 2]
+    ctypes.memset(start, 0, room)
+    ctypes.memmove(start, text, len(text))
+    ctypes.memset(end - 1, 0x20, 1)
+
+
+@functools.cache
+def argument_area() -> tuple[int, int]:
+    """Where `set_title` writes: addresses of the first byte of our arguments and of the byte after the last.
+
+    (0, 0) when they are not told. A fork inherits the answer.
+    """
+    try:
+        start, end = (int(field) for field in stat_fields(os.getpid())[45:47])
+    except (OSError, ValueError):
+        return 0, 0
+    return start, end
 
 
 def set_no_new_privileges() -> None:
@@ -172,12 +205,16 @@ def set_oom_score_adj(pid: int, value: int) -> int:
     path = f"/proc/{pid}/oom_score_adj"
     wanted = max(-1000, min(1000, value))
     try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(str(wanted))
-        return wanted
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError:
-        with open(path, encoding="ascii") as file:
-            return int(file.read())
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(PermissionError):
+            os.write(fd, b"%d" % wanted)
+            return wanted
+        return int(os.pread(fd, 32, 0))
+    finally:
+        os.close(fd)
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:

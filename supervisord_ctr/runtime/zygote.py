@@ -29,6 +29,8 @@ _PACKET = 1 << 16
 #: Seconds before another zygote is started when one did not live long, doubled each time.
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
+#: An argument that means nothing: where it lies, the zygote's forks write what ps shall show of them.
+_ROOM = " " * 320
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class Zygote:
             ours.setblocking(False)
             env = {**os.environ, **(self._env or {})}
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, str(theirs.fileno()), stdin=DEVNULL, pass_fds=(theirs.fileno(),), env=env,
+                *self._command, str(theirs.fileno()), _ROOM, stdin=DEVNULL, pass_fds=(theirs.fileno(),), env=env,
                 start_new_session=True, umask=0o022,
             )
         except BaseException:

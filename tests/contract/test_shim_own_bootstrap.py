@@ -290,6 +290,8 @@ async def test_a_pause_process_is_stripped(zygote: Zygote) -> None:
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
         assert status["NSpid"].split()[-1] == "1"
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        assert status["Name"] == "pctr-pause"
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") == b"pctr-pause"
         assert all(int(status[name], 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"))
         assert os.listdir(f"/proc/{pid}/fd") == []
         assert os.listdir(f"/proc/{pid}/root") == []

@@ -63,6 +63,8 @@ async def test_the_spare_becomes_the_next_shim_and_another_takes_its_place(lab: 
     assert second.pid == pid
     assert os.getsid(pid) == pid
     assert Path(f"/proc/{pid}/comm").read_text().strip() == "pctr-shim"
+    title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+    assert title == f"containerd-shim-pctr-v1 -namespace {lab.namespace} -id c2 -address {second.path}"
     another, _ = await next_spare(zygote)
     assert another not in (first.pid, second.pid)
     await lab.finish(second, "c2")

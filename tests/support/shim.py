@@ -60,7 +60,7 @@ class Zygote:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "pctr_shim.zygote", str(theirs.fileno())]
+        command = [sys.executable, "-m", "pctr_shim.zygote", str(theirs.fileno()), " " * 320]
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL
         )

@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -252,3 +253,22 @@ def test_strange_control_files_never_raise(files: dict[str, str]) -> None:
     folders = {name: f"/{name}" for name in ("pids", "cpu", "cpuacct", "memory", "blkio")}
     cgroup_metrics.legacy(folders, read)
     cgroup_metrics.unified("/g", read)
+
+
+def test_a_process_can_change_what_ps_shows_of_it() -> None:
+    script = (
+        "import sys; from supervisord_ctr.linux import processes as p; p.set_name('a-name-that-is-too-long');"
+        "p.set_title('a title -with flags' + 'x' * int(sys.argv[1])); print('ready', flush=True); sys.stdin.read()"
+    )
+    for added, shown in ((0, b"a title -with flags"), (4000, b"a title -with flagsxxx")):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(added)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout.readline() == b"ready\n"
+            whole = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            assert whole.startswith(shown)
+            assert whole.strip(b"\0 x") == b"a title -with flags"
+            assert Path(f"/proc/{process.pid}/comm").read_text() == "a-name-that-is-\n"
+            process.stdin.close()

@@ -19,6 +19,7 @@ from pctr_shim import __main__ as program
 from pctr_shim import crilog, records, runc, states
 from pctr_shim.fdio import FdWriter, Pump
 from pctr_shim.reaper import Reaper
+from pctr_shim.signals import Signals
 from pctr_shim.sinks import PipeSink
 from pctr_shim.values import any_of, timestamp, type_name
 
@@ -175,9 +176,25 @@ async def test_a_pump_stops_while_its_sink_is_full_and_loses_nothing(tapped: boo
     os.close(out)
 
 
+def hear(reaper: Reaper) -> Signals:
+    """Let the reaper have the exits of this process's children."""
+    signals = Signals()
+    signals.calls[signal.SIGCHLD] = reaper.reap
+    signals.install([signal.SIGCHLD])
+    signals.watch()
+    return signals
+
+
+def deaf(signals: Signals) -> None:
+    """As it was before."""
+    asyncio.get_running_loop().remove_reader(signals.reader)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signals.close()
+
+
 async def test_an_exit_before_adoption_is_kept_while_somebody_expects_it() -> None:
     reaper = Reaper()
-    reaper.start()
+    signals = hear(reaper)
     told: list[tuple[Exit, int]] = []
     try:
         with reaper.expecting():
@@ -193,32 +210,32 @@ async def test_an_exit_before_adoption_is_kept_while_somebody_expects_it() -> No
         reaper.adopt(late, lambda ended, number: (told.append((ended, number)), done.set())[1])
         await asyncio.wait_for(done.wait(), 30)
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        deaf(signals)
     assert [(ended.pid, ended.status, number) for ended, number in told] == [(early, 5, 0), (late, 143, 15)]
 
 
 async def test_programs_run_in_the_folder_they_are_given(tmp_path: Path) -> None:
     reaper = Reaper()
-    reaper.start()
+    signals = hear(reaper)
     here = os.getcwd()
     try:
         assert await reaper.run(["/bin/sh", "-c", "echo it > made"], {}, {}, str(tmp_path)) == 0
         assert await reaper.run(["/bin/sh", "-c", "exit 4"], {}, {}, str(tmp_path / "gone")) == 4
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        deaf(signals)
     assert (tmp_path / "made").read_text() == "it\n"
     assert os.getcwd() == here
 
 
 async def test_programs_do_not_inherit_what_they_are_not_given() -> None:
     reaper = Reaper()
-    reaper.start()
+    signals = hear(reaper)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     ours = os.dup2(reader, 199, inheritable=False)
     try:
         await reaper.run(["/bin/ls", "/proc/self/fd"], {}, {1: writer})
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        deaf(signals)
         os.close(writer)
         os.close(ours)
     with os.fdopen(reader) as file:

@@ -1,0 +1,109 @@
+"""Memory of a process that others are forked from: what makes its pages stay shared.
+
+A fork shares every page with its parent until one of them writes to it. A new object that lands in the gap
+between two old ones costs the fork a page of its own, for a few bytes; hundreds of them, where all of its
+objects together would fill a few dozen. `fill_gaps` takes the gaps away before anything is forked.
+
+Knows CPython's allocator (objects of up to 512 bytes, in pools of one size, multiples of 16) and the C library's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import marshal
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType, FunctionType
+
+from supervisord_ctr.linux import libc
+
+_LARGEST_SMALL = 512
+#: More blocks of one size than any allocator's gap has: a bound, not an expectation.
+_MOST = 65536
+_POOL = 16384
+_HEADER_OF_BYTES = 33
+_LARGE = (65536, 32768, 16384, 8192, 4096, 3072, 2048, *range(1536, 0, -16))
+
+_libc = libc.libc
+_libc.malloc.argtypes = (ctypes.c_size_t,)
+_libc.malloc.restype = ctypes.c_void_p
+_libc.sbrk.argtypes = (ctypes.c_ssize_t,)
+_libc.sbrk.restype = ctypes.c_void_p
+
+
+def fill_gaps() -> list[object]:
+    """Use up every free block between live objects; keep what is returned for as long as that shall hold.
+
+    Collects garbage first: that also empties the interpreter's lists of objects kept for reuse.
+    """
+    gc.collect()
+    kept: list[object] = []
+    for size in range(16, _LARGEST_SMALL + 1, 16):
+        kept += _fill(size)
+    _fill_large()
+    return kept
+
+
+def recorded(call: Callable[[], None]) -> frozenset[CodeType]:
+    """Make the call; the code of every Python function that ran meanwhile on this thread."""
+    found: set[CodeType] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            found.add(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return frozenset(found)
+
+
+def gather(used: frozenset[CodeType]) -> None:
+    """Lay the code of functions that run in every fork side by side: a run writes to it (reference counts, caches)."""
+    functions = [
+        found for found in gc.get_objects() if isinstance(found, FunctionType) and found.__code__ in used
+    ]
+    for function in sorted(functions, key=lambda found: (found.__module__ or "", found.__code__.co_firstlineno)):
+        function.__code__ = marshal.loads(marshal.dumps(function.__code__))
+
+
+def _block(size: int, number: int) -> object:
+    """A new object of `size` bytes, of a kind that the interpreter neither shares nor keeps for reuse."""
+    if size == 16:
+        return object()
+    if size == 32:
+        return 1_000_000 + number
+    return bytes(size - _HEADER_OF_BYTES)
+
+
+def _fill(size: int) -> list[object]:
+    """Objects of one size until they come one after the other, which is how a new pool gives them."""
+    kept: list[object] = []
+    row, before = 0, 0
+    wanted = _POOL // size // 2
+    for number in range(_MOST):
+        made = _block(size, number)
+        kept.append(made)
+        place = id(made)
+        row = row + 1 if place == before + size else 0
+        before = place
+        if row >= wanted:
+            break
+    return kept
+
+
+def _fill_large() -> None:
+    """The same for the C library's heap: blocks of falling size until they come from its end. They are never freed."""
+    end = _libc.sbrk(0)
+    for _ in range(_MOST):
+        place = _libc.malloc(_LARGE[0])
+        if not place or _libc.sbrk(0) != end:
+            break
+    for size in _LARGE:
+        for _ in range(_MOST):
+            found = _libc.malloc(size)
+            if not found or found >= place:
+                break
