@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -132,17 +132,35 @@ async def _create(core: Core, pod: Pod, name: str, request: pb.CreateContainerRe
 async def _prepare(
     core: Core, pod: Pod, container: Container, image: ImageRecord, request: pb.CreateContainerRequest, stage: Stage
 ) -> SpecBuilder:
-    """Snapshot, user and volumes, then the specification."""
+    """Snapshot, user and volumes, then the specification: beside the snapshot, where nothing is looked up in it."""
     config = container.config
     stage.enter("snapshot")
-    mounts, places = await all_of(_snapshot(core, container, image), _places(core, pod, config))
-    faults.point(SNAPSHOT)
-    stage.enter("user and volumes")
     volumes = _volumes(core, container, image)
     asked = container_rootfs.asked_user(config.linux.security_context, image.config.user)
+    places = await _places(core, pod, config)
+    known = None if volumes else _known_user(core, image, asked)
+    if known is not None:
+        made = await all_of(
+            _snapshot(core, container, image), _specification(core, pod, container, image, request, known, places, ())
+        )
+        faults.point(SNAPSHOT)
+        builder: SpecBuilder = made[1]
+        return builder
+    mounts = await _snapshot(core, container, image)
+    faults.point(SNAPSHOT)
+    stage.enter("user and volumes")
     user = await _user_and_volumes(core, image, asked, mounts, volumes)
-    container.uid, container.gid, container.groups = user.uid, user.gid, list(user.additional_gids)
     stage.enter("specification")
+    return await _specification(core, pod, container, image, request, user, places, volumes)
+
+
+async def _specification(
+    core: Core, pod: Pod, container: Container, image: ImageRecord, request: pb.CreateContainerRequest, user: User,
+    places: container_spec.Places, volumes: Sequence[pb.Mount],
+) -> SpecBuilder:
+    """The specification; what the status tells of it is noted in `container`."""
+    config = container.config
+    container.uid, container.gid, container.groups = user.uid, user.gid, list(user.additional_gids)
     handler_name, handler = core.handler(pod.handler)
     what = container_spec.Build(
         namespace=CRI_NAMESPACE, container_id=container.id, pod_id=pod.id, config=config,
@@ -226,16 +244,18 @@ def _volumes(core: Core, container: Container, image: ImageRecord) -> list[pb.Mo
     return found
 
 
+def _known_user(core: Core, image: ImageRecord, asked: container_rootfs.Asked) -> User | None:
+    """Who runs, as far as the image need not be looked into: it was asked before, or it does not matter."""
+    known = core.images.users.get((image.chain_id, asked))
+    if known is None and not asked.user and not asked.merge:
+        return User(0, 0, (0, *(group for group in asked.groups if group)))
+    return known
+
+
 async def _user_and_volumes(
     core: Core, image: ImageRecord, asked: container_rootfs.Asked, mounts: tuple[Mount, ...], volumes: list[pb.Mount]
 ) -> User:
-    """Who runs, from memory when the image was asked before; volumes are filled from the mounted root."""
-    key = (image.chain_id, asked)
-    known = core.images.users.get(key)
-    if known is not None and not volumes:
-        return known
-    if not volumes and not asked.user and not asked.merge:
-        return User(0, 0, (0, *(group for group in asked.groups if group)))
+    """Who runs, and the volumes filled: both from the mounted root."""
 
     def look() -> User:
         with container_rootfs.opened_root(mounts, core.run / "look") as root_fd:
@@ -248,7 +268,7 @@ async def _user_and_volumes(
         user = await core.executors.run_io(look)
     except OSError as error:
         raise errors.from_os_error(error, "cannot look into the image's root:") from error
-    core.images.remember_user(key, user)
+    core.images.remember_user((image.chain_id, asked), user)
     return user
 
 
