@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from google.protobuf.message import DecodeError, Message
 
-from pctr_shim import attach, records
+from pctr_shim import attach, fdio, records
 from pctr_shim.config import ShimConfig
 from pctr_shim.process import ExecProcess, InitProcess, Process
 from pctr_shim.reaper import Reaper
@@ -122,11 +122,7 @@ class Container:
         facts = {"binary_name": self.options.binary_name, "root": self.options.root,
                  "systemd_cgroup": self.options.systemd_cgroup}
         for name, text in (("options.json", json.dumps(facts)), ("runtime", self.options.binary_name)):
-            fd = os.open(self.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(fd, text.encode())
-            finally:
-                os.close(fd)
+            fdio.write_file(self.path(name), text.encode())
 
     def _mount(self, rootfs: Sequence[Mount]) -> None:
         try:
@@ -185,9 +181,11 @@ class Container:
         self.init.init_state.check_exec(self.init)
         try:
             content = json.loads(spec)
-            content["terminal"] = addresses.terminal
-            process = ExecProcess(self, exec_id, addresses, json.dumps(content).encode())
-        except (ValueError, TypeError) as error:
+            if content.get("terminal", False) is not addresses.terminal:
+                content["terminal"] = addresses.terminal
+                spec = json.dumps(content).encode()
+            process = ExecProcess(self, exec_id, addresses, spec)
+        except (ValueError, AttributeError) as error:
             raise errors.InvalidArgument(f"process specification of {exec_id} is not json: {error}") from error
         self.execs[exec_id] = process
         return process

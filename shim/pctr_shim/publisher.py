@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 SERVICE = "containerd.services.events.ttrpc.v1.Events"
 LIMIT = 65536
 _CALL_TIMEOUT = 5.0
+#: Seconds that an event may wait: the answer to the call that caused it goes first, and keeps the daemon busy.
+_LINGER = 0.002
 
 
 class Publisher:
@@ -48,6 +50,7 @@ class Publisher:
         self._empty = asyncio.Event()
         self._empty.set()
         self._client: Client | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._owner = TaskOwner("publisher")
         self._lost = 0
 
@@ -72,6 +75,11 @@ class Publisher:
             timestamp=timestamp(time.time()), namespace=self._config.namespace, topic=topic, event=any_of(message)
         ))
         self._empty.clear()
+        if self._timer is None and not self._wake.is_set():
+            self._timer = asyncio.get_running_loop().call_later(_LINGER, self._send_now)
+
+    def _send_now(self) -> None:
+        self._timer = None
         self._wake.set()
 
     def nudge(self) -> None:
@@ -138,6 +146,9 @@ class Publisher:
     async def close(self, timeout: float = 5.0) -> None:
         """Send what is queued for at most `timeout` seconds, then let go."""
         self.nudge()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._send_now()
         if self._queue:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), timeout)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pctr_shim import fdio
 from pctr_shim.reaper import Reaper
 from supervisord_ctr import errors
 
@@ -181,7 +182,6 @@ def last_error(path: str) -> str:
 def read_pid(path: str) -> int:
     """The pid that the runtime wrote; `Internal` when it wrote none."""
     try:
-        with open(path, encoding="ascii") as file:
-            return int(file.read().strip())
+        return int(fdio.read_file(path))
     except (OSError, ValueError) as error:
         raise errors.Internal(f"oci runtime wrote no pid to {path}") from error
