@@ -109,6 +109,10 @@ def _check(settings: Settings) -> None:
         raise InvalidArgument(f"log_format {settings.log_format!r} must be text or json")
     if settings.cri.cgroup_driver not in ("cgroupfs", "systemd"):
         raise InvalidArgument(f"cri.cgroup_driver {settings.cri.cgroup_driver!r} must be cgroupfs or systemd")
+    if settings.content.sharing_policy not in ("shared", "isolated"):
+        raise InvalidArgument(
+            f"content.sharing_policy {settings.content.sharing_policy!r} must be shared or isolated"
+        )
     for name in ("root", "state", "address"):
         if not getattr(settings, name).startswith("/"):
             raise InvalidArgument(f"{name} {getattr(settings, name)!r} must be an absolute path")

@@ -80,6 +80,7 @@ from supervisord_ctr.services.leases import LeasesService
 from supervisord_ctr.services.mounts import MountManager, MountsService
 from supervisord_ctr.services.namespaces import NamespacesService
 from supervisord_ctr.services.remote import GrpcRemote
+from supervisord_ctr.services.restarts import POLICIES, RestartMonitor
 from supervisord_ctr.services.sandbox_controller import SandboxControllerService
 from supervisord_ctr.services.sandbox_store import SandboxStoreService
 from supervisord_ctr.services.snapshots import SnapshotsService
@@ -151,7 +152,8 @@ class Daemon:
         content = LocalContent(root / "content")
         engine = Engine(root / "metadata.db")
         database = Database(engine, content, snapshotters(settings, root, engine, executors), exchange.publish,
-                            executors, gc=gc_options(settings))
+                            executors, gc=gc_options(settings),
+                            isolated=settings.content.sharing_policy == "isolated")
         stack.push_async_callback(database.close)
         zygote = Zygote()
         stack.push_async_callback(zygote.close)
@@ -204,6 +206,10 @@ class Daemon:
                    TasksService(tasks, database, executors, mounts))
         server.add(f"{native}mounts.v1.Mounts", add_MountsServicer_to_server, MountsService(mounts))
         server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
+        if settings.restart.interval > 0:
+            restarts = RestartMonitor(database, tasks, settings.restart.interval)
+            stack.push_async_callback(restarts.close)
+            restarts.start()
         controller = SandboxControllerService({"shim": tasks.sandboxes}, exchange)
         stack.push_async_callback(controller.close)
         server.add(f"{native}sandbox.v1.Controller", add_ControllerServicer_to_server, controller)
@@ -309,6 +315,8 @@ def parts(settings: Settings, root: Path, database: Database) -> list[Part]:
     found.append(Part("io.containerd.runtime.v2", "task", platform=host_platform(),
                       answer=runtime_info(RuntimeInformant(runtime_config(settings)))))
     found.append(Part("io.containerd.shim.v1", "manager"))
+    if settings.restart.interval > 0:
+        found.append(Part("io.containerd.monitor.container.v1", "restart", capabilities=POLICIES))
     found.append(Part("io.containerd.differ.v1", "walking", platform=host_platform()))
     found.append(Part("io.containerd.event.v1", "exchange"))
     found.append(Part("io.containerd.streaming.v1", "manager"))

@@ -47,6 +47,15 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class ContentSettings:
+    """Blobs."""
+
+    sharing_policy: str = _setting(
+        "shared", "shared: a namespace that names a digest gets the blob another one has; isolated: it must send it all"
+    )
+
+
+@dataclass(frozen=True)
 class SnapshotSettings:
     """Where root file systems are kept."""
 
@@ -142,6 +151,13 @@ class GcSettings:
 
 
 @dataclass(frozen=True)
+class RestartSettings:
+    """Containers with restart labels (`nerdctl run --restart`)."""
+
+    interval: float = _setting(10.0, "seconds between two looks at them; 0 never looks")
+
+
+@dataclass(frozen=True)
 class ProxyPlugin:
     """A snapshotter that another process serves over gRPC."""
 
@@ -167,10 +183,12 @@ class Settings:
     log_format: str = _setting("text", "text or json")
     grpc: GrpcSettings = _section(GrpcSettings, "the socket")
     registry: RegistrySettings = _section(RegistrySettings, "registries")
+    content: ContentSettings = _section(ContentSettings, "blobs")
     snapshots: SnapshotSettings = _section(SnapshotSettings, "snapshots")
     runtime: RuntimeSettings = _section(RuntimeSettings, "runtimes")
     cri: CriSettings = _section(CriSettings, "Kubernetes")
     gc: GcSettings = _section(GcSettings, "garbage collection")
+    restart: RestartSettings = _section(RestartSettings, "containers that are started again")
     metrics: MetricsSettings = _section(MetricsSettings, "metrics")
     proxy_plugins: Mapping[str, ProxyPlugin] = field(
         default_factory=dict, metadata={"help": "plugins by name: [proxy_plugins.NAME]"}

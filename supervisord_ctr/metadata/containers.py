@@ -57,8 +57,6 @@ def _checked(container: Container, what: str) -> Container:
         raise InvalidArgument(f"{what}: container.extensions keys must not be zero-length", key=container.id)
     if not container.runtime.name:
         raise InvalidArgument(f"{what}: container.runtime.name must be set", kind="container", key=container.id)
-    if container.spec is None:
-        raise InvalidArgument(f"{what}: container.spec must be set", kind="container", key=container.id)
     if container.snapshot_key and not container.snapshotter:
         raise InvalidArgument(
             f"{what}: container.snapshotter must be set if container.snapshotkey is set",
@@ -117,8 +115,17 @@ class Containers:
             return found.copy()
         return [container for container in found if matching.matches(adapt_container(container))]
 
+    async def labelled(self, label: str) -> Sequence[tuple[str, Container]]:
+        """Those of every namespace that have the label, with their namespaces."""
+        statement = f"SELECT namespace, {_COLUMNS} FROM containers WHERE labels IS NOT NULL AND instr(labels, ?) > 0"
+        found = [(str(row[0]), _load(row[1:])) for row in self._engine.rows(statement, (f'"{label}":',))]
+        return [(namespace, container) for namespace, container in found if label in container.labels]
+
     async def create(self, namespace: str, container: Container) -> Container:
-        """AlreadyExists; InvalidArgument for a bad id, no runtime, no spec, a snapshot key without snapshotter."""
+        """AlreadyExists; InvalidArgument for a bad id, no runtime, a snapshot key without snapshotter.
+
+        A record without a spec is taken, as containerd takes it from its clients; no task can be made of it.
+        """
         now = time.time()
         stored = replace(_checked(container, "create container failed validation"), created_at=now, updated_at=now)
         values = (namespace, *_dump(stored))
@@ -144,7 +151,7 @@ class Containers:
         """Change labels, labels.KEY, spec, extensions, extensions.KEY, image, snapshotkey.
 
         Without paths all of these are replaced, and a snapshotter or runtime name that differs is
-        InvalidArgument, as any other path is. NotFound.
+        InvalidArgument, as any other path is; so is a change of a record without a spec that brings none. NotFound.
         """
         if not container.id:
             raise InvalidArgument("must specify a container id", kind="container")
@@ -154,8 +161,13 @@ class Containers:
                 f"SELECT {_COLUMNS} FROM containers WHERE namespace = ? AND id = ?", (namespace, container.id)
             )
             if row is None:
-                raise NotFound(f'container "{container.id}": not found', kind="container", key=container.id)
+                raise NotFound(
+                    f'cannot update container "{container.id}" in namespace "{namespace}": not found',
+                    kind="container", key=container.id,
+                )
             updated = _apply(_load(row), container, fieldpaths)
+            if updated.spec is None and fieldpaths and "spec" not in fieldpaths:
+                raise InvalidArgument("update failed validation: container.spec must be set", key=container.id)
             updated = replace(_checked(updated, "update failed validation"), updated_at=time.time())
             values = (namespace, *_dump(updated))
             marks = ", ".join("?" * len(values))
@@ -175,7 +187,9 @@ class Containers:
 
         def work(tx: Transaction) -> None:
             if not tx.execute("DELETE FROM containers WHERE namespace = ? AND id = ?", (namespace, id)):
-                raise NotFound(f'container "{id}": not found', kind="container", key=id)
+                raise NotFound(
+                    f'cannot delete container "{id}" in namespace "{namespace}": not found', kind="container", key=id
+                )
             tx.dirty = True
             tx.event(namespace, "/containers/delete", events_pb2.ContainerDelete(id=id))
 

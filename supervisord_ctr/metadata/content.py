@@ -2,7 +2,8 @@
 
 Owns the rows `blobs` and `ingests`; the bytes are the content store's. Blobs are shared on disk
 between namespaces: a client that names the digest it expects gets one that another namespace has
-without sending it again (containerd's isolation policy "shared").
+without sending it again (containerd's policy "shared"). With the policy "isolated" it must send all
+of it, unless a namespace has it that is labelled to share.
 
 A lock for each digest keeps the collector from discarding a blob between the moment somebody finds
 it and the moment its row is durable. No lock is held while bytes are written.
@@ -41,7 +42,7 @@ from supervisord_ctr.metadata.codec import (
 from supervisord_ctr.metadata.engine import Engine, Row, Transaction
 from supervisord_ctr.metadata.leases import hold_resource, release_resource
 from supervisord_ctr.model import ContentInfo, IngestStatus
-from supervisord_ctr.names import check_digest
+from supervisord_ctr.names import LABEL_SHAREABLE, check_digest
 
 #: An ingest that no lease protects is given up after so many seconds.
 INGEST_LIFE = 24 * 3600.0
@@ -284,8 +285,11 @@ class ContentWriter:
 class Content:
     """Blobs and ingests of a namespace."""
 
-    def __init__(self, engine: Engine, local: LocalContent, executors: Executors, owner: TaskOwner) -> None:
+    def __init__(
+        self, engine: Engine, local: LocalContent, executors: Executors, owner: TaskOwner, *, isolated: bool = False
+    ) -> None:
         self._engine = engine
+        self._isolated = isolated
         self.local = local
         self.executors = executors
         self.owner = owner
@@ -445,11 +449,21 @@ class Content:
         raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
 
     async def _find_shared(self, digest: str, size: int) -> ContentInfo | None:
+        if self._isolated and not self._is_shareable(digest):
+            return None
         try:
             found = await self.executors.run_io(self.local.info, digest)
         except NotFound:
             return None
         return found if size in (0, found.size) else None
+
+    def _is_shareable(self, digest: str) -> bool:
+        """Whether a namespace that shares what it has has the blob."""
+        rows = self._engine.rows(
+            "SELECT n.labels FROM blobs b JOIN namespaces n ON n.name = b.namespace "
+            "WHERE b.digest = ? AND n.labels IS NOT NULL", (digest,),
+        )
+        return any(load_map(row[0]).get(LABEL_SHAREABLE) == "true" for row in rows)
 
     async def _record_ingest(
         self, namespace: str, ref: str, lease: str | None, blob: ContentInfo | None, keep: bool

@@ -51,7 +51,7 @@ class Database:
         database = Database(engine, content, {"overlayfs": overlay}, exchange.publish, executors)
         await database.open()
 
-    `collect=False` leaves garbage alone until somebody calls `gc.collect`.
+    `collect=False` leaves garbage alone until somebody calls `gc.collect`. `isolated` is for `Content`.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Database:
         *,
         collect: bool = True,
         gc: GcOptions | None = None,
+        isolated: bool = False,
     ) -> None:
         self.engine = engine
         self._publish = publish
@@ -84,7 +85,7 @@ class Database:
         self.namespaces = Namespaces(engine)
         self.containers = Containers(engine)
         self.sandboxes = Sandboxes(engine)
-        self.content = Content(engine, content, executors, self._owner)
+        self.content = Content(engine, content, executors, self._owner, isolated=isolated)
         self.gc = Collector(engine, self.content, self._snapshotters, executors, gc)
         self.images = Images(engine, self.gc.collect)
         self.leases = Leases(engine, self.gc.collect)

@@ -183,6 +183,51 @@ async def test_a_blob_of_another_namespace_is_shared(subject: Subject) -> None:
         await content.info("one", digest)
 
 
+@pytest.fixture(params=["objects", "grpc"])
+async def isolated(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
+    async with open_stores(tmp_path / "stores", isolated=True) as stores:
+        if request.param == "objects":
+            yield Subject(stores.database.content, stores.database.leases, stores)
+            return
+        async with served(stores, tmp_path / "s.sock") as remote:
+            yield Subject(remote.content, remote.leases, stores)
+
+
+async def test_an_isolated_namespace_must_send_what_another_one_has(isolated: Subject) -> None:
+    content = isolated.content
+    digest = await write(content, "one", b"secret")
+    writer = await content.writer("two", "ref", size=6, expected=digest)
+    assert (writer.offset, writer.digest()) == (0, sha256(b""))
+    with pytest.raises(FailedPrecondition):
+        await writer.commit(6, digest)
+    await writer.close()
+    with pytest.raises(NotFound):
+        await read(content, "two", digest)
+    writer = await content.writer("two", "again", size=6, expected=digest)
+    await writer.write(b"secret")
+    assert await writer.commit(6, digest, {"whose": "two"}) == digest
+    await writer.close()
+    assert await read(content, "two", digest) == b"secret"
+    assert dict((await content.info("two", digest)).labels) == {"whose": "two"}
+    await content.delete("one", digest)
+    assert await read(content, "two", digest) == b"secret"
+
+
+async def test_a_namespace_can_be_labelled_to_share(isolated: Subject) -> None:
+    content, namespaces = isolated.content, isolated.stores.database.namespaces
+    digest = await write(content, "base", b"shared")
+    await namespaces.update("base", {"containerd.io/namespace.shareable": "yes"})
+    writer = await content.writer("two", "ref", expected=digest)
+    assert writer.offset == 0
+    await writer.close()
+    await namespaces.update("base", {"containerd.io/namespace.shareable": "true"})
+    writer = await content.writer("three", "ref", size=6, expected=digest)
+    assert writer.offset == 6
+    assert await writer.commit(6, digest) == digest
+    await writer.close()
+    assert await read(content, "three", digest) == b"shared"
+
+
 async def test_a_shared_blob_can_be_written_anew(subject: Subject) -> None:
     content = subject.content
     digest = await write(content, "one", b"shared")
@@ -253,6 +298,7 @@ async def test_walk_filters(subject: Subject) -> None:
     assert [info.digest for info in await content.walk("ns", ["labels.tier==db"])] == [two]
     assert {info.digest for info in await content.walk("ns", [f"digest=={one}", f"digest=={three}"])} == {one, three}
     assert await content.walk("elsewhere") == []
+    assert await content.walk("ns", ["size"]) == await content.walk("ns", ["size==1"]) == []
     with pytest.raises(InvalidArgument):
         await content.walk("ns", ["labels.tier="])
 

@@ -19,7 +19,7 @@ from supervisord_ctr.snapshots.overlay import OverlaySnapshotter
 class Stores:
     """A database below `root` and what it told."""
 
-    def __init__(self, root: Path, *, sync: bool = False, collect: bool = False) -> None:
+    def __init__(self, root: Path, *, sync: bool = False, collect: bool = False, isolated: bool = False) -> None:
         self.root = root
         self.executors = Executors.create(io=4, cpu=1)
         self.engine = Engine(root / "metadata.db")
@@ -30,7 +30,7 @@ class Stores:
         snapshotters: dict[str, Snapshotter] = {"overlayfs": self.overlay, "native": self.native}
         self.database = Database(
             self.engine, self.local, snapshotters, lambda *event: self.events.append(event), self.executors,
-            collect=collect,
+            collect=collect, isolated=isolated,
         )
 
     def topics(self) -> list[str]:
@@ -47,9 +47,11 @@ class Stores:
 
 
 @contextlib.asynccontextmanager
-async def open_stores(root: Path, *, sync: bool = False, collect: bool = False) -> AsyncIterator[Stores]:
+async def open_stores(
+    root: Path, *, sync: bool = False, collect: bool = False, isolated: bool = False
+) -> AsyncIterator[Stores]:
     """Stores below `root`, open."""
-    stores = Stores(root, sync=sync, collect=collect)
+    stores = Stores(root, sync=sync, collect=collect, isolated=isolated)
     await stores.database.open()
     try:
         yield stores
