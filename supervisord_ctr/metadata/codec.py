@@ -47,6 +47,8 @@ def checked_labels(labels: Mapping[str, str] | None, what: str) -> dict[str, str
         except InvalidArgument as error:
             raise InvalidArgument(f"{what}: {error.message}", kind="label", key=key) from None
         if value:
+            if not key:
+                raise InvalidArgument(f"{what}: keys must not be empty", kind="label")
             kept[key] = value
     return kept
 
@@ -159,14 +161,12 @@ def adapt_image(image: Image) -> Adaptor:
 
 
 def adapt_content(info: ContentInfo) -> Adaptor:
-    """Fields digest, size (present, never comparable), labels."""
+    """Fields digest, labels; a size cannot be asked for."""
 
     def field(path: Sequence[str]) -> tuple[str, bool]:
         match list(path):
             case ["digest", *_]:
                 return info.digest, True
-            case ["size", *_]:
-                return "", True
             case ["labels", *rest]:
                 return _in_map(rest, info.labels)
             case _:

@@ -44,6 +44,8 @@ def _checked(image: Image) -> Image:
     if not image.target.media_type:
         raise InvalidArgument("target.mediatype must be set", kind="image", key=image.name)
     annotations = {key: value for key, value in image.target.annotations.items() if value}
+    if "" in annotations:
+        raise InvalidArgument("target.annotations: keys must not be empty", kind="image", key=image.name)
     return replace(image, labels=labels, target=replace(image.target, annotations=annotations, platform=None))
 
 

@@ -47,7 +47,7 @@ def _checked(resource: LeaseResource) -> tuple[str, str]:
         if kind == "content" and not is_digest(resource.id):
             raise InvalidArgument(f"invalid content resource id {resource.id}", kind="lease", key=resource.id)
     elif kind == "snapshots":
-        if resource.type.count("/") != 1:
+        if resource.type.count("/") != 1 or not rest:
             raise InvalidArgument(f"invalid snapshot resource type {resource.type}", kind="lease", key=resource.type)
     else:
         raise Unimplemented(f"resource type {resource.type} not supported yet", kind="lease", key=resource.type)
@@ -104,6 +104,8 @@ class Leases:
         def work(tx: Transaction) -> None:
             self._require(tx, namespace, id)
             values = (namespace, id, *_checked(resource))
+            if not resource.id:
+                raise InvalidArgument("resource id must not be empty", kind="lease", key=resource.type)
             tx.execute("INSERT OR IGNORE INTO lease_resources VALUES (?, ?, ?, ?)", values)
 
         await self._engine.write(work)

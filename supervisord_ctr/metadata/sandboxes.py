@@ -10,6 +10,7 @@ from supervisord_ctr import filters
 from supervisord_ctr.errors import AlreadyExists, InvalidArgument, NotFound
 from supervisord_ctr.metadata.codec import (
     adapt_sandbox,
+    checked_labels,
     dump_any,
     dump_extensions,
     dump_map,
@@ -41,6 +42,13 @@ def _dump(sandbox: Sandbox) -> tuple[Value, ...]:
     )
 
 
+def _checked(sandbox: Sandbox) -> Sandbox:
+    """The sandbox as it will be stored; InvalidArgument."""
+    if "" in sandbox.extensions:
+        raise InvalidArgument("sandbox.extensions keys must not be empty", kind="sandbox", key=sandbox.id)
+    return replace(sandbox, labels=checked_labels(sandbox.labels, "sandbox.labels"))
+
+
 class Sandboxes:
     """Sandbox metadata by namespace and id."""
 
@@ -64,8 +72,7 @@ class Sandboxes:
         """AlreadyExists; InvalidArgument for a bad id."""
         check_identifier(sandbox.id, "sandbox id")
         now = time.time()
-        labels = {key: value for key, value in sandbox.labels.items() if value}
-        stored = replace(sandbox, labels=labels, created_at=now, updated_at=now)
+        stored = replace(_checked(sandbox), created_at=now, updated_at=now)
         values = (namespace, *_dump(stored))
 
         def work(tx: Transaction) -> Sandbox:
@@ -89,7 +96,7 @@ class Sandboxes:
             )
             if row is None:
                 raise NotFound(f'sandbox "{sandbox.id}": not found', kind="sandbox", key=sandbox.id)
-            updated = replace(_apply(_load(row), sandbox, fields), updated_at=time.time())
+            updated = replace(_checked(_apply(_load(row), sandbox, fields)), updated_at=time.time())
             values = (namespace, *_dump(updated))
             marks = ", ".join("?" * len(values))
             tx.execute(f"INSERT OR REPLACE INTO sandboxes (namespace, {_COLUMNS}) VALUES ({marks})", values)
@@ -136,5 +143,4 @@ def _apply(current: Sandbox, wanted: Sandbox, fields: Sequence[str]) -> Sandbox:
             spec = wanted.spec
         else:
             raise InvalidArgument(f'cannot update "{path}" field on sandbox "{current.id}"', key=current.id)
-    labels = {key: value for key, value in labels.items() if value}
     return replace(current, labels=labels, extensions=extensions, spec=spec, runtime=runtime)

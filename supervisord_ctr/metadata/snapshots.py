@@ -192,6 +192,8 @@ class NamespacedSnapshotter:
         self, namespace: str, key: str, parent: str, labels: Mapping[str, str] | None, lease: str | None, *,
         view: bool, durable: bool,
     ) -> tuple[Mount, ...]:
+        if not key:
+            raise InvalidArgument("snapshot key must not be empty", kind="snapshot")
         kept = checked_labels(labels, "info.labels")
         target = kept.get(LABEL_SNAPSHOT_REF, "")
         async with self._locks.hold((namespace, key)):
@@ -296,6 +298,8 @@ class NamespacedSnapshotter:
 
         With `durable=False` the record waits for the next durable mutation.
         """
+        if not name:
+            raise InvalidArgument("snapshot name must not be empty", kind="snapshot")
         kept = checked_labels(labels, "info.labels")
         work = self._commit(namespace, name, key, kept, parent or "", lease, durable)
         await shielded(self._owner, work, f"commit {key}")

@@ -43,15 +43,10 @@ class DiffService(diff_pb2_grpc.DiffServicer):
         NOT_FOUND for a blob that is not there, UNIMPLEMENTED for a media type that is no readable layer.
         """
         namespace, digest = namespace_of(context), check_digest(request.diff.digest)
-        try:
-            documents.check_layer_type(request.diff.media_type)
-        except InvalidArgument as error:
-            raise Unimplemented(
-                f"currently unsupported media type: {request.diff.media_type!r}", kind="layer", key=digest
-            ) from error
         mounts = mounts_from_messages(request.mounts)
         blob = await self._database.content.reader(namespace, digest)
         try:
+            _check_readable(request.diff.media_type, digest)
             async with self._activations.performed(mounts) as ready:
                 applied = await apply_to_mounts(
                     self._pool, self._executors, blob.fileno(), blob.size, ready, self._scratch
@@ -74,6 +69,13 @@ class DiffService(diff_pb2_grpc.DiffServicer):
             scratch=self._scratch,
         )
         return pb.DiffResponse(diff=descriptor_to_message(made))
+
+
+def _check_readable(media_type: str, digest: str) -> None:
+    try:
+        documents.check_layer_type(media_type)
+    except InvalidArgument as error:
+        raise Unimplemented(f'currently unsupported media type: "{media_type}"', kind="layer", key=digest) from error
 
 
 def _sync(path: Path) -> None:

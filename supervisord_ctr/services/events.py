@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 
-from google.protobuf import empty_pb2
+from google.protobuf import any_pb2, empty_pb2
 
 from supervisord_ctr.api.services.events.v1 import events_pb2 as pb
 from supervisord_ctr.api.services.events.v1 import events_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.errors import InvalidArgument
 from supervisord_ctr.events import Exchange
 from supervisord_ctr.model import Event, TypedValue
 from supervisord_ctr.rpc import Context, any_from_value, any_to_value, namespace_of, seconds, timestamp
 
 
-def _typed(message: object) -> TypedValue:
-    value = any_to_value(message)  # type: ignore[arg-type]
-    if value is None:
-        raise InvalidArgument("event must be set", kind="event")
-    return value
+def _typed(message: any_pb2.Any) -> TypedValue:
+    """An event may be empty: its topic says enough."""
+    return any_to_value(message) or TypedValue("", b"")
 
 
 class EventsService(events_pb2_grpc.EventsServicer):
@@ -36,9 +33,10 @@ class EventsService(events_pb2_grpc.EventsServicer):
         return empty_pb2.Empty()
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> empty_pb2.Empty:
-        """Hands on an event with its own time and namespace."""
+        """Hands on an event with its own time (or the present one) and namespace."""
         envelope = request.envelope
-        event = Event(seconds(envelope.timestamp), envelope.namespace, envelope.topic, _typed(envelope.event))
+        at = seconds(envelope.timestamp) if envelope.HasField("timestamp") else 0.0
+        event = Event(at or time.time(), envelope.namespace, envelope.topic, _typed(envelope.event))
         self._exchange.forward(event)
         return empty_pb2.Empty()
 

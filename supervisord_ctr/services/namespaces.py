@@ -31,8 +31,8 @@ class NamespacesService(namespaces_pb2_grpc.NamespacesServicer):
 
     async def Create(self, request: pb.CreateNamespaceRequest, context: Context) -> pb.CreateNamespaceResponse:
         """ALREADY_EXISTS; INVALID_ARGUMENT for a name that is no identifier."""
-        made = await self._namespaces.create(request.namespace.name, dict(request.namespace.labels))
-        return pb.CreateNamespaceResponse(namespace=_message(made))
+        await self._namespaces.create(request.namespace.name, dict(request.namespace.labels))
+        return pb.CreateNamespaceResponse(namespace=request.namespace)
 
     async def Update(self, request: pb.UpdateNamespaceRequest, context: Context) -> pb.UpdateNamespaceResponse:
         """Labels: those of the mask, or all."""

@@ -60,7 +60,7 @@ async def test_a_container_comes_back_as_it_was(subject: Subject) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"id": ""}, {"id": "a/b"}, {"id": "x" * 77}, {"id": "-a"}, {"id": "a--b"}, {"id": "ä"},
-    {"runtime": Runtime("")}, {"spec": None}, {"snapshotter": ""}, {"labels": {"k" * 4000: "v" * 100}},
+    {"runtime": Runtime("")}, {"snapshotter": ""}, {"labels": {"k" * 4000: "v" * 100}}, {"labels": {"": "v"}},
     {"extensions": {"": TypedValue("t", b"v")}},
 ])
 async def test_bad_containers(subject: Subject, changes: dict[str, Any]) -> None:
@@ -101,6 +101,32 @@ async def test_container_fields(subject: Subject) -> None:
         await subject.containers.update("ns", container("nobody"))
     with pytest.raises(InvalidArgument):
         await subject.containers.update("ns", container(""))
+
+
+async def test_a_container_may_come_without_a_spec(subject: Subject) -> None:
+    """containerd takes one from its clients; a change then has to bring it, unless it replaces everything."""
+    made = await subject.containers.create("ns", container(spec=None))
+    assert made.spec is None
+    assert await subject.containers.get("ns", "c1") == made
+    for path in ("labels", "image", "labels.app"):
+        with pytest.raises(InvalidArgument, match="spec must be set"):
+            await subject.containers.update("ns", container(image="new"), [path])
+    assert (await subject.containers.update("ns", container(spec=None))).spec is None
+    assert (await subject.containers.update("ns", container(), ["spec", "labels"])).spec == SPEC
+    assert (await subject.containers.update("ns", container(image="new"), ["image"])).image == "new"
+
+
+async def test_errors_name_what_was_asked_for(subject: Subject) -> None:
+    with pytest.raises(NotFound, match='container "c1" in namespace "ns": not found'):
+        await subject.containers.get("ns", "c1")
+    with pytest.raises(NotFound, match='cannot update container "c1" in namespace "ns"'):
+        await subject.containers.update("ns", container())
+    with pytest.raises(NotFound, match='cannot delete container "c1" in namespace "ns"'):
+        await subject.containers.delete("ns", "c1")
+    with pytest.raises(NotFound, match='image "i": not found'):
+        await subject.images.delete("ns", "i")
+    with pytest.raises(NotFound, match='lease "l": not found'):
+        await subject.leases.delete("ns", "l")
 
 
 async def test_container_lists(subject: Subject) -> None:
@@ -154,7 +180,8 @@ async def test_an_image_comes_back_as_it_was(subject: Subject) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"name": ""}, {"target": Descriptor("t", "bad", 1)}, {"target": Descriptor("t", DIGEST, 0)},
-    {"target": Descriptor("", DIGEST, 1)}, {"labels": {"k": "v" * 5000}},
+    {"target": Descriptor("", DIGEST, 1)}, {"labels": {"k": "v" * 5000}}, {"labels": {"": "v"}},
+    {"target": Descriptor("t", DIGEST, 1, {"": "v"})},
 ])
 async def test_bad_images(subject: Subject, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
@@ -245,9 +272,11 @@ async def test_lease_resources(subject: Subject) -> None:
     await leases.delete_resource("ns", "one", resources[1])
     await leases.delete_resource("ns", "one", resources[1])
     assert len(await leases.list_resources("ns", "one")) == 3
-    for kind, key in (("content", "bad"), ("content/x", DIGEST), ("snapshots", "key"), ("snapshots/a/b", "key")):
+    for kind, key in (("content", "bad"), ("content/x", DIGEST), ("snapshots", "key"), ("snapshots/a/b", "key"),
+                      ("snapshots/", "key"), ("snapshots/overlayfs", ""), ("images", ""), ("ingests", "")):
         with pytest.raises(InvalidArgument):
             await leases.add_resource("ns", "one", LeaseResource(kind, key))
+    await leases.delete_resource("ns", "one", LeaseResource("images", ""))
     with pytest.raises(Unimplemented):
         await leases.add_resource("ns", "one", LeaseResource("containers", "c"))
     for work in (
@@ -316,6 +345,9 @@ async def test_sandboxes(subject: Subject) -> None:
         await sandboxes.create("ns", box)
     with pytest.raises(InvalidArgument):
         await sandboxes.create("ns", replace(box, id="a b"))
+    for bad in ({"extensions": {"": TypedValue("t", b"")}}, {"labels": {"": "v"}}, {"labels": {"k": "v" * 5000}}):
+        with pytest.raises(InvalidArgument):
+            await sandboxes.create("ns", replace(box, id="other", **bad))
     assert [found.id for found in await sandboxes.list("ns", ["labels.a==1"])] == ["box"]
     assert await sandboxes.list("ns", ["id==other"]) == []
     wanted = replace(box, labels={"a": "2", "b": "3"}, spec=TypedValue("s", b"9"), extensions={})
