@@ -13,9 +13,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
@@ -334,17 +335,34 @@ async def _undo(core: Core, container: Container) -> None:
 
 
 async def remove_traces(core: Core, container: Container) -> None:
-    """Stored container, snapshot, image volumes and folders; each may be gone. Failures are logged.
+    """Stored container, snapshot, image volumes and folders; each may be gone.
 
     Raises the first failure after every step was tried.
     """
+    await all_of(remove_files(core, container), remove_stored(core, container))
+
+
+async def remove_files(core: Core, container: Container) -> None:
+    """Image volumes and folders, which few containers have; failures are logged and the first is raised."""
+    steps = []
+    if image_volumes.any_of(core, container):
+        steps.append(("image volumes", image_volumes.unmount_all(core, container)))
+    folder = core.container_folder(container.id)
+    if folder.is_dir():
+        steps.append(("folder", core.executors.run_io(shutil.rmtree, folder, True)))
+    await _try_all(container, steps)
+
+
+async def remove_stored(core: Core, container: Container) -> None:
+    """The stored container and its snapshot, in one write; failures are logged and the first is raised."""
     snapshotter = core.database.snapshotter(container.snapshotter)
-    steps = (
+    await _try_all(container, [
         ("stored container", core.database.containers.delete(CRI_NAMESPACE, container.id)),
         ("snapshot", snapshotter.remove(CRI_NAMESPACE, container.id)),
-        ("image volumes", image_volumes.unmount_all(core, container)),
-        ("folder", core.executors.run_io(shutil.rmtree, core.container_folder(container.id), True)),
-    )
+    ])
+
+
+async def _try_all(container: Container, steps: Sequence[tuple[str, Coroutine[Any, Any, None]]]) -> None:
     failures: list[BaseException] = []
     results = await asyncio.gather(*(step for _, step in steps), return_exceptions=True)
     for (what, _), result in zip(steps, results, strict=True):

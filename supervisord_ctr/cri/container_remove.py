@@ -5,14 +5,14 @@ from __future__ import annotations
 from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import exits
-from supervisord_ctr.cri.container_create import remove_traces
+from supervisord_ctr.cri.container_create import remove_files, remove_stored
 from supervisord_ctr.cri.container_report import publish_container
 from supervisord_ctr.cri.container_stop import stop_now
-from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.core import Core, all_of
 from supervisord_ctr.cri.state import Container
 from supervisord_ctr.names import CRI_NAMESPACE
 
-TRACES = faults.declare("cri.container.remove", "the container's layer is gone, its record is there")
+TRACES = faults.declare("cri.container.remove", "the container's volumes are gone, its layer and its record are there")
 
 
 async def remove_container(core: Core, identity: str) -> None:
@@ -34,8 +34,9 @@ async def _remove(core: Core, container: Container) -> None:
             await core.tasks.delete(CRI_NAMESPACE, container.id)
         except errors.NotFound:
             pass
-        await remove_traces(core, container)
+        await remove_files(core, container)
         faults.point(TRACES)
-        await core.state.forget_container(container)
+        # One write for all of it; what a crash leaves of it the recovery takes away.
+        await all_of(remove_stored(core, container), core.state.forget_container(container))
         core.stats.forget(container.id)
     publish_container(core, container, pb.CONTAINER_DELETED_EVENT)

@@ -106,6 +106,11 @@ def _open_below(root: int, sub_path: str) -> int:
     return fd
 
 
+def any_of(core: Core, container: Container) -> bool:
+    """Whether there are image volumes of the container to take away, as far as is known or on the disk."""
+    return bool(container.image_mounts) or folder_of(core, container.id).is_dir()
+
+
 async def unmount_all(core: Core, container: Container) -> None:
     """Take the mounts and views away; each may be gone."""
     folder = folder_of(core, container.id)
