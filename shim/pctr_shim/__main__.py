@@ -24,9 +24,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from supervisord_ctr.api.runc.v1.options_pb2 import Options
+    from supervisord_ctr.api.runtime.bootstrap.v1.bootstrap_pb2 import BootstrapParams
 
 # An interpreter started for one container has no use for TLS: asyncio does without it when it is absent.
 sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
@@ -122,6 +128,8 @@ def socket_path(folder: str, address: str, namespace: str, group: str) -> str:
 
 
 def _start(arguments: Arguments) -> None:
+    from google.protobuf.message import DecodeError
+
     from supervisord_ctr.api.runtime.bootstrap.v1 import bootstrap_pb2
 
     params = bootstrap_pb2.BootstrapParams()
@@ -141,8 +149,39 @@ def _start(arguments: Arguments) -> None:
         return
     with open("address", "w", encoding="utf-8") as file:
         file.write(f"unix://{path}")
-    _fork_shim(arguments, params, address, group, path, listener)
+    pid = _fork_shim(arguments, params, address, group, path, listener)
+    try:
+        _join(_options_of(params, data, modern).shim_cgroup, pid)
+    except (OSError, DecodeError) as error:
+        os.kill(pid, signal.SIGKILL)
+        os.unlink(path)
+        raise SystemExit(f"containerd-shim-pctr-v1: cgroup of the shim of {arguments.id}: {error}") from error
     _answer(path, modern)
+
+
+def _options_of(params: BootstrapParams, data: bytes, modern: bool) -> Options:
+    """The runtime options that come with the start: a parameter, or, before containerd 2.3, all of standard input."""
+    from google.protobuf.any_pb2 import Any
+    from google.protobuf.message import DecodeError
+
+    from pctr_shim.values import type_name
+    from supervisord_ctr.api.runc.v1 import options_pb2
+
+    try:
+        candidates = [extension.value for extension in params.extensions] if modern else [Any.FromString(data)]
+    except DecodeError:
+        return options_pb2.Options()  # something else, which others may understand
+    for candidate in candidates:
+        if type_name(candidate) == options_pb2.Options.DESCRIPTOR.full_name:
+            return options_pb2.Options.FromString(candidate.value)
+    return options_pb2.Options()
+
+
+def _join(cgroup: str, pid: int) -> None:
+    if cgroup:
+        from supervisord_ctr.linux import cgroups
+
+        cgroups.join(cgroups.folders_to_join(cgroup), pid)
 
 
 def _parse_bootstrap(params: object, data: bytes, arguments: Arguments) -> bool:
@@ -179,8 +218,8 @@ def _answer(path: str, modern: bool) -> None:
 
 def _fork_shim(
     arguments: Arguments, params: object, address: str, group: str, path: str, listener: socket.socket
-) -> None:
-    """Become two: the parent answers, the child is the shim. Nothing is executed a second time."""
+) -> int:
+    """Become two: the parent answers, the child is the shim. Nothing is executed a second time. The child's pid."""
     from pctr_shim import serve
     from pctr_shim.config import ShimConfig
     from supervisord_ctr.linux import processes
@@ -192,9 +231,10 @@ def _fork_shim(
         address=address, debug=arguments.debug, runtime_root=_runtime_root(),
     )
     score = _parent_oom_score()
-    if os.fork():  # noqa: TID251  the shim is this program, without a second start of the interpreter
+    pid = os.fork()  # noqa: TID251  the shim is this program, without a second start of the interpreter
+    if pid:
         listener.close()
-        return
+        return pid
     try:
         os.setsid()
         _own_streams()

@@ -330,6 +330,14 @@ def at(path: str) -> Cgroup:
     return Cgroup({name: top + inner for name, top in tree.controllers.items() if name != "systemd"})
 
 
+def folders_to_join(path: str) -> list[str]:
+    """The folders that a process enters to be in the group at `path`; `FileNotFoundError` when there is none."""
+    folders = sorted({folder for folder in at(path).folders.values() if os.path.isdir(folder)})
+    if not folders:
+        raise FileNotFoundError(errno.ENOENT, "control group is gone", path)
+    return folders
+
+
 def everywhere(path: str) -> list[str]:
     """The folders of the group at `path` in every tree that has it: v1 controllers, systemd's own tree, and v2."""
     inner = "/" + path.strip("/")

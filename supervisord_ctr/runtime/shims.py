@@ -101,10 +101,10 @@ def cgroup_folders(options: options_pb2.Options | None) -> list[str]:
     """Folders of the cgroup that a client asks a shim to join; `NotFound` when there is no such cgroup."""
     if options is None or not options.shim_cgroup:
         return []
-    folders = sorted({path for path in cgroups.at(options.shim_cgroup).folders.values() if os.path.isdir(path)})
-    if not folders:
-        raise errors.NotFound(f"failed to load cgroup {options.shim_cgroup}: cgroup deleted", kind="cgroup")
-    return folders
+    try:
+        return cgroups.folders_to_join(options.shim_cgroup)
+    except FileNotFoundError:
+        raise errors.NotFound(f"failed to load cgroup {options.shim_cgroup}: cgroup deleted", kind="cgroup") from None
 
 
 def socket_path(address: str) -> str:

@@ -100,6 +100,44 @@ async def test_the_answer_has_the_form_of_the_question(lab: Lab) -> None:
     await end(address)
 
 
+async def test_the_shim_enters_the_cgroup_that_the_options_name(lab: Lab) -> None:
+    lab.bundle("c", ["true"])
+    group = cgroups.create(f"/{lab.namespace}/shims")
+    options = AnyMessage(
+        type_url="containerd.runc.v1.Options",
+        value=options_pb2.Options(shim_cgroup=f"/{lab.namespace}/shims").SerializeToString(),
+    )
+    params = bootstrap_pb2.BootstrapParams(
+        instance_id="c", namespace=lab.namespace, containerd_grpc_address="/a.sock",
+        extensions=[bootstrap_pb2.Extension(value=options)],
+    )
+    try:
+        for version, data in (("2", options.SerializeToString()), ("3", params.SerializeToString())):
+            run(lab, "c", "start", data, MAX_SHIM_VERSION=version)
+            address = (lab.folder / "b" / "c" / "address").read_text()
+            client = await connect_until(address, PATIENCE)
+            info = await client.call(PRIVATE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse)
+            assert group.pids() == [info.pid]
+            await client.close()
+            await end(address)
+            await wait_until(lambda: group.pids() == [], PATIENCE, "the shim to leave its cgroup")
+    finally:
+        for folder in {*group.folders.values()}:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+async def test_a_shim_whose_cgroup_is_missing_does_not_start(lab: Lab) -> None:
+    lab.bundle("c", ["true"])
+    options = AnyMessage(
+        type_url="containerd.runc.v1.Options",
+        value=options_pb2.Options(shim_cgroup=f"/{lab.namespace}/nowhere").SerializeToString(),
+    )
+    with pytest.raises(AssertionError, match="control group is gone"):
+        run(lab, "c", "start", options.SerializeToString())
+    assert os.listdir(lab.folder / "s") == []
+
+
 async def test_containers_of_a_group_share_a_shim(lab: Lab) -> None:
     for name in ("pod", "inner"):
         lab.bundle(name, ["sleep", "1000"], annotations={"io.kubernetes.cri.sandbox-id": "pod"})
