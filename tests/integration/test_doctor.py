@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 
 from supervisord_ctr.api.types.task import task_pb2
-from supervisord_ctr.linux import cgroups, mounts, namespaces
+from supervisord_ctr.linux import cgroups, mounts, namespaces, processes
 from tests.integration.tasks_support import Client, busybox_root
 from tests.support.cri import Cri, running_cri
 from tests.support.daemon import DaemonProcess, mounts_below, wait_until
+from tests.support.shim import Zygote
 
 TIMEOUT = 150
 
@@ -255,3 +256,25 @@ def test_p5_a_bundle_whose_shim_died_goes_with_its_container(cri: Cri, client: C
     assert not bundle.exists()
     assert doctor(daemon) == {}
     client.remove(name)
+
+
+def test_p5_a_shim_that_nobody_can_reach_is_ended_unless_it_serves_something(cri: Cri, client: Client) -> None:
+    """Its socket file is gone: an idle one is ended by a repair, one with a container is only told of."""
+    daemon, zygote = cri.daemon, Zygote()
+    idle = daemon.base / "idle"
+    idle.mkdir()
+    try:
+        reply = zygote.ask("fork-shim", namespace="ghost", id="g", bundle=str(idle), socket=str(daemon.state / "s" / "ghost"))
+        (daemon.state / "s" / "ghost").unlink()
+        name = f"pid {reply['pid']}"
+        wait_until(lambda: ("shim", name) in doctor(daemon), "the shim is found")
+        assert doctor(daemon)["shim", name]["remedy"] == "remove"
+        assert doctor(daemon, "--repair")["shim", name]["state"] == "removed"
+        wait_until(lambda: not processes.is_alive(reply["pid"], reply["start_time"]), "the shim has ended")
+        assert doctor(daemon) == {}
+    finally:
+        zygote.process.kill()
+        zygote.close()
+        if processes.is_alive(reply["pid"], reply["start_time"]):
+            os.kill(reply["pid"], 9)
+        idle.rmdir()
