@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 
 from supervisord_ctr import __version__, config, errors, logs, settings
+from supervisord_ctr.linux import heap
+
+#: Threads of the daemon wait for disks far more often than for memory.
+_ARENAS = 2
 
 EPILOG = """examples:
   supervisord-ctr                                   run with /etc/supervisord-ctr/config.toml, if it exists
@@ -71,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.geteuid() != 0:
             raise errors.PermissionDenied("must run as root: it mounts file systems and makes namespaces")
         logs.configure(loaded.settings.log_level, loaded.settings.log_format)
+        heap.limit_arenas(_ARENAS)
         from supervisord_ctr.daemon import Daemon
 
         asyncio.run(Daemon(loaded).run())

@@ -52,7 +52,7 @@ from supervisord_ctr.images.hosts import HostsConfig
 from supervisord_ctr.images.http import Http, Timeouts
 from supervisord_ctr.images.pull import Puller
 from supervisord_ctr.images.push import Pusher
-from supervisord_ctr.lifecycle import Notifier, exclusive, make_empty_folder, make_private_folder, stop_signals
+from supervisord_ctr.lifecycle import Notifier, exclusive, make_empty_folder, make_private_folder, slim, stop_signals
 from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine, GcOptions
 from supervisord_ctr.model import Platform
@@ -127,6 +127,7 @@ class Daemon:
             self._address.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(exclusive(self._root))
             stack.enter_context(stop_signals(self._stop))
+            await stack.enter_async_context(slim())
             server = await self._build(stack)
             await server.start()
             stack.push_async_callback(server.stop, STOP_GRACE)

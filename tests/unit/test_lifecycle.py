@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from supervisord_ctr import lifecycle
 from supervisord_ctr.errors import FailedPrecondition
+from supervisord_ctr.linux import heap
 
 
 def test_s12_an_open_folder_is_tightened(tmp_path: Path) -> None:
@@ -67,3 +69,25 @@ def test_p5_what_a_killed_daemon_left_in_its_scratch_folder_goes(tmp_path: Path)
     lifecycle.make_empty_folder(folder)
     assert list(folder.iterdir()) == []
     assert tmp_path.is_dir()
+
+
+async def test_memory_that_a_burst_left_free_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, free, given = [50 << 20], [0], threading.Event()
+
+    def give_back() -> bool:
+        resident[0] = 50 << 20
+        given.set()
+        return True
+
+    monkeypatch.setattr(lifecycle, "_resident", lambda: resident[0])
+    monkeypatch.setattr(heap, "free_bytes", lambda: free[0])
+    monkeypatch.setattr(heap, "give_back", give_back)
+    async with lifecycle.slim(period=0.005):
+        resident[0] = 90 << 20  # in use: nothing to give back
+        await asyncio.sleep(0.1)
+        assert not given.is_set()
+        free[0] = 40 << 20
+        assert await asyncio.to_thread(given.wait, 10)
+        given.clear()
+        await asyncio.sleep(0.1)  # free blocks stay free blocks; only new pages are worth another look
+        assert not given.is_set()

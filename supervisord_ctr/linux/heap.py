@@ -1,0 +1,46 @@
+"""The C library's heap in a process that works in bursts: few arenas, and free memory given back.
+
+What passes through a daemon in large pieces (content written by a client, a large list) leaves its heap
+full of free blocks that the C library keeps for the next time. The number of arenas bounds how far
+threads spread such blocks; `give_back` returns their pages. Where the C library is not glibc, none of
+this exists and nothing is done.
+
+Source: mallopt(3), malloc_trim(3), mallinfo(3).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from supervisord_ctr.linux import libc
+
+_M_ARENA_MAX = -8
+_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _FIELDS)
+
+
+_mallinfo2 = getattr(libc.libc, "mallinfo2", None)  # glibc 2.33
+if _mallinfo2 is not None:
+    _mallinfo2.restype = _Mallinfo2
+_mallopt = getattr(libc.libc, "mallopt", None)
+_trim = getattr(libc.libc, "malloc_trim", None)
+if _trim is not None:
+    _trim.argtypes = (ctypes.c_size_t,)
+
+
+def limit_arenas(count: int) -> bool:
+    """Let threads share `count` arenas; before the first thread starts. Whether the C library knows this."""
+    return _mallopt is not None and _mallopt(_M_ARENA_MAX, count) == 1
+
+
+def free_bytes() -> int:
+    """Bytes of free blocks between and above those in use; 0 where the C library does not tell."""
+    return int(_mallinfo2().fordblks) if _mallinfo2 is not None else 0
+
+
+def give_back() -> bool:
+    """Return the pages of free blocks to the kernel; whether there were any. Blocks for milliseconds."""
+    return _trim is not None and _trim(0) == 1
