@@ -18,7 +18,8 @@ class ShimConfig:
     """`group` is the container or sandbox that the shim was started for, `socket` its listening path.
 
     `events` is the ttrpc socket that takes events; without one, `publish_binary` (with
-    `address`) is run for each; without both, events go nowhere.
+    `address`) is run for each; without both, events go nowhere. `batches`: the daemon is ours and takes several
+    events at once.
     """
 
     namespace: str = ""
@@ -26,6 +27,7 @@ class ShimConfig:
     bundle: str = ""
     socket: str = ""
     events: str = ""
+    batches: bool = False
     publish_binary: str = ""
     address: str = ""
     runtime: str = "runc"

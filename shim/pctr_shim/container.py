@@ -98,21 +98,35 @@ class Container:
         """Mount the root file system and have the container made; on failure nothing is left."""
         self.init = InitProcess(self, addresses, checkpoint, parent_checkpoint)
         self._write_options()
-        self._read_specification()
         begun = time.perf_counter()
         try:
             if rootfs:
                 self._mount(rootfs)
             faults.point(MOUNTED)
             self._time("mount", begun)
-            self._attach = attach.AttachSocket(self.bundle, self._find_attachable)
             begun = time.perf_counter()
-            await self.init.create()
+            await self._create_init()
             self._time("create", begun)
             self._watch_oom()
         except BaseException:
             await self._undo_create()
             raise
+
+    async def _create_init(self) -> None:
+        """Have the runtime make the process; what nobody needs before that is done while the runtime works."""
+        meanwhile = asyncio.get_running_loop().call_soon(self._prepare_meanwhile)
+        try:
+            await self.init.create()
+        finally:
+            meanwhile.cancel()
+        if self._attach is None:
+            self._attach = attach.AttachSocket(self.bundle, self._find_attachable)
+            self._read_specification()
+
+    def _prepare_meanwhile(self) -> None:
+        with contextlib.suppress(OSError):  # it is tried once more, when its failure can be told
+            self._attach = attach.AttachSocket(self.bundle, self._find_attachable)
+            self._read_specification()
 
     def _time(self, name: str, begun: float) -> None:
         self.timings[name] = int((time.perf_counter() - begun) * 1e6)

@@ -2,7 +2,8 @@
 
 Owns the queue and the connection to the daemon's ttrpc events service, or, for a foreign daemon
 without one, the runs of its publish program. An event is put in after the state that it tells of is
-visible, and the queue is sent strictly one by one, so no event overtakes another.
+visible, and the queue is sent strictly in order, one call after the other, so no event overtakes another.
+Our own daemon takes what waits in one call; containerd takes one event with each.
 
 A daemon that is away is tried again for as long as it takes (0.1 s growing to 2 s); `nudge` tries
 at once. The queue is bounded: beyond that, the oldest go and the loss is logged.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -26,13 +28,18 @@ from pctr_shim.values import any_of, timestamp
 from supervisord_ctr import errors
 from supervisord_ctr.aio import TaskOwner
 from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forward_pb2
+from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.ttrpc.client import Client
 
 log = logging.getLogger(__name__)
 
 SERVICE = "containerd.services.events.ttrpc.v1.Events"
+OWN_SERVICE = "pctr.shim.v1.Events"
 LIMIT = 65536
+#: Events, and bytes of them, that one call may carry.
+_BATCH = 64
+_BATCH_BYTES = 1 << 20
 _CALL_TIMEOUT = 5.0
 #: Seconds that an event may wait: the answer to the call that caused it goes first, and keeps the daemon busy.
 _LINGER = 0.002
@@ -90,11 +97,12 @@ class Publisher:
         delay = 0.1
         while True:
             while self._queue:
-                event = self._queue[0]
-                if await self._send(event):
+                batch = self._batch()
+                if await self._send(batch):
                     delay = 0.1
-                    if self._queue and self._queue[0] is event:
-                        self._queue.popleft()
+                    for event in batch:
+                        if self._queue and self._queue[0] is event:
+                            self._queue.popleft()
                 else:
                     self._retry.clear()
                     with contextlib.suppress(TimeoutError):
@@ -104,25 +112,44 @@ class Publisher:
             self._wake.clear()
             await self._wake.wait()
 
-    async def _send(self, event: types_pb2.Envelope) -> bool:
+    def _batch(self) -> list[types_pb2.Envelope]:
+        """What goes out next: the oldest event, with those after it if the daemon takes several."""
+        if not self._config.batches or len(self._queue) == 1:
+            return [self._queue[0]]
+        batch: list[types_pb2.Envelope] = []
+        size = 0
+        for event in itertools.islice(self._queue, _BATCH):
+            size += event.ByteSize()
+            if batch and size > _BATCH_BYTES:
+                break
+            batch.append(event)
+        return batch
+
+    async def _send(self, batch: list[types_pb2.Envelope]) -> bool:
         try:
             if self._config.events:
-                await self._forward(event)
+                await self._forward(batch)
             else:
-                await self._run_binary(event)
+                await self._run_binary(batch[0])
             return True
         except (errors.Error, OSError) as error:
-            log.debug("event %s stays queued: %s", event.topic, error)
+            if isinstance(error, errors.Unimplemented):
+                self._config.batches = False  # a daemon of ours from before there were any
+            log.debug("event %s stays queued: %s", batch[0].topic, error)
             return False
 
-    async def _forward(self, event: types_pb2.Envelope) -> None:
+    async def _forward(self, batch: list[types_pb2.Envelope]) -> None:
         if self._client is None or self._client.closed:
             if self._client is not None:
                 await self._client.close()
                 self._client = None
             self._client = await Client.connect(self._config.events)
+        request: Message
+        service, method, request = SERVICE, "Forward", forward_pb2.ForwardRequest(envelope=batch[0])
+        if len(batch) > 1:
+            service, method, request = OWN_SERVICE, "ForwardAll", shim_pb2.ForwardAllRequest(envelopes=batch)
         await self._client.call(
-            SERVICE, "Forward", forward_pb2.ForwardRequest(envelope=event), Empty, timeout=_CALL_TIMEOUT,
+            service, method, request, Empty, timeout=_CALL_TIMEOUT,
             metadata={"containerd-namespace-ttrpc": [self._config.namespace]},
         )
 

@@ -95,12 +95,17 @@ async def _run(folder: str, rounds: int, signals: Signals) -> None:
         file.write(_FAKE)
     os.chmod(fake, 0o700)
     events = os.path.join(folder, "e")
-    daemon = Server({publisher.SERVICE: {"Forward": Method(forward_pb2.ForwardRequest, _take)}})
+    daemon = Server({
+        publisher.SERVICE: {"Forward": Method(forward_pb2.ForwardRequest, _take)},
+        publisher.OWN_SERVICE: {"ForwardAll": Method(shim_pb2.ForwardAllRequest, _take)},
+    })
     await daemon.serve(listen(events))
     signals.watch()
     shim = serve.Shim(signals)
     signals.install([signal.SIGCHLD])
-    shim.config.become(ShimConfig("warm", "warm", folder, os.path.join(folder, "s"), events=events, runtime=fake))
+    shim.config.become(ShimConfig(
+        "warm", "warm", folder, os.path.join(folder, "s"), events=events, batches=True, runtime=fake
+    ))
     shim.publisher.start()
     await shim.server.serve(listen(shim.config.socket))
     try:

@@ -297,7 +297,7 @@ class Zygote:
 def _config_of(request: dict[str, Any]) -> ShimConfig:
     return ShimConfig(
         namespace=str(request["namespace"]), group=str(request["id"]), bundle=str(request["bundle"]),
-        socket=str(request["socket"]), events=str(request.get("events", "")),
+        socket=str(request["socket"]), events=str(request.get("events", "")), batches=True,
         runtime=str(request.get("runtime", "") or "runc"),
         runtime_root=str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
         debug=bool(request.get("debug", False)), env=dict(request.get("env", {})),

@@ -1,4 +1,5 @@
-"""Events of shims: the ttrpc sockets of the daemon where `containerd.services.events.ttrpc.v1` is served.
+"""Events of shims: the ttrpc sockets of the daemon where `containerd.services.events.ttrpc.v1` is served,
+and, for our own shims, the same for several events at once.
 
 A listener is told of each event before subscribers are, so that what an event tells is already
 true for who asks (P14).
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 from google.protobuf.empty_pb2 import Empty
 
 from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2
+from supervisord_ctr.api.shim.v1 import shim_pb2
+from supervisord_ctr.api.types.types_pb2 import Envelope
 from supervisord_ctr.model import Event, TypedValue
 from supervisord_ctr.runtime.connection import seconds
 from supervisord_ctr.ttrpc.server import Context, Method, Server, listen
@@ -37,6 +40,7 @@ class EventServer:
             "containerd.services.events.ttrpc.v1.Events": {
                 "Forward": Method(events_pb2.ForwardRequest, self._forward),
             },
+            "pctr.shim.v1.Events": {"ForwardAll": Method(shim_pb2.ForwardAllRequest, self._forward_all)},
         })
 
     async def start(self) -> None:
@@ -45,7 +49,15 @@ class EventServer:
             await self._server.serve(listen(str(path)))
 
     async def _forward(self, request: Any, context: Context) -> Empty:
-        envelope = request.envelope
+        self._pass_on(request.envelope)
+        return Empty()
+
+    async def _forward_all(self, request: Any, context: Context) -> Empty:
+        for envelope in request.envelopes:
+            self._pass_on(envelope)
+        return Empty()
+
+    def _pass_on(self, envelope: Envelope) -> None:
         event = Event(
             seconds(envelope.timestamp) or time.time(), envelope.namespace, envelope.topic,
             TypedValue(envelope.event.type_url, envelope.event.value),
@@ -53,7 +65,6 @@ class EventServer:
         if self._listener is not None:
             self._listener(event)
         self._sink.forward(event)
-        return Empty()
 
     async def close(self) -> None:
         """Stop serving and remove the sockets."""

@@ -31,6 +31,7 @@ from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forward_pb2
+from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.linux import mounts
 from supervisord_ctr.ttrpc.client import Client, connect_until
@@ -159,8 +160,10 @@ class Lab:
 
     async def serve_events(self) -> None:
         """Start (again) to take events."""
-        service = {"Forward": Method(forward_pb2.ForwardRequest, self._forward)}
-        self._server = Server({"containerd.services.events.ttrpc.v1.Events": service})
+        self._server = Server({
+            "containerd.services.events.ttrpc.v1.Events": {"Forward": Method(forward_pb2.ForwardRequest, self._forward)},
+            "pctr.shim.v1.Events": {"ForwardAll": Method(shim_pb2.ForwardAllRequest, self._forward_all)},
+        })
         await self._server.serve(listen(self.events_path))
 
     async def stop_events(self) -> None:
@@ -170,13 +173,20 @@ class Lab:
             self._server = None
 
     async def _forward(self, request: forward_pb2.ForwardRequest, context: Context) -> Empty:
-        envelope = request.envelope
+        self._note(request.envelope)
+        return Empty()
+
+    async def _forward_all(self, request: shim_pb2.ForwardAllRequest, context: Context) -> Empty:
+        for envelope in request.envelopes:
+            self._note(envelope)
+        return Empty()
+
+    def _note(self, envelope: types_pb2.Envelope) -> None:
         assert envelope.namespace == self.namespace
         kind = envelope.event.type_url.rpartition("/")[2].rpartition(".")[2]
         message = getattr(events_pb2, kind).FromString(envelope.event.value)
         self.events.append((envelope.topic, message))
         self.changed.set()
-        return Empty()
 
     def topics(self, container: str = "") -> list[str]:
         """Topics of the events so far, without "/tasks/"."""

@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from supervisord_ctr.api.types import types_pb2 as supervisord__ctr_dot_api_dot_types_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&supervisord_ctr/api/shim/v1/shim.proto\x12\x0cpctr.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\r\n\x0bInfoRequest\"\xc6\x01\n\x0cInfoResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\t\x12/\n\ncontainers\x18\x05 \x03(\x0b\x32\x1b.pctr.shim.v1.ContainerInfo\x12\x15\n\revents_queued\x18\x06 \x01(\r\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xfe\x01\n\rContainerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06status\x18\x04 \x01(\t\x12\r\n\x05\x65xecs\x18\x05 \x03(\t\x12\x10\n\x08\x61ttached\x18\x06 \x01(\r\x12\x15\n\rdropped_bytes\x18\x07 \x01(\x04\x12\x11\n\toom_kills\x18\x08 \x01(\x04\x12\x39\n\x07timings\x18\t \x03(\x0b\x32(.pctr.shim.v1.ContainerInfo.TimingsEntry\x1a.\n\x0cTimingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1e\n\x10ReopenLogRequest\x12\n\n\x02id\x18\x01 \x01(\t\" \n\x12\x45xitRecordsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x13\x45xitRecordsResponse\x12)\n\x07records\x18\x01 \x03(\x0b\x32\x18.pctr.shim.v1.ExitRecord\"\xf4\x01\n\nExitRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x13\n\x0b\x65xit_status\x18\x04 \x01(\r\x12-\n\texited_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06signal\x18\x06 \x01(\r\x12\x11\n\toom_kills\x18\x07 \x01(\x04\x12\x11\n\toom_level\x18\x08 \x01(\t\x12\x14\n\x0c\x61sked_signal\x18\t \x01(\r\x12,\n\x08\x61sked_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"{\n\x07Request\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x14\n\x0ctimeout_nano\x18\x04 \x01(\x03\x12(\n\x08metadata\x18\x05 \x03(\x0b\x32\x16.pctr.shim.v1.KeyValue\"D\n\x08Response\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.pctr.shim.v1.RpcStatus\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"&\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"Q\n\tRpcStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any2\xde\x01\n\x04Shim\x12=\n\x04Info\x12\x19.pctr.shim.v1.InfoRequest\x1a\x1a.pctr.shim.v1.InfoResponse\x12\x43\n\tReopenLog\x12\x1e.pctr.shim.v1.ReopenLogRequest\x1a\x16.google.protobuf.Empty\x12R\n\x0b\x45xitRecords\x12 .pctr.shim.v1.ExitRecordsRequest\x1a!.pctr.shim.v1.ExitRecordsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&supervisord_ctr/api/shim/v1/shim.proto\x12\x0cpctr.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%supervisord_ctr/api/types/types.proto\"B\n\x11\x46orwardAllRequest\x12-\n\tenvelopes\x18\x01 \x03(\x0b\x32\x1a.containerd.types.Envelope\"\r\n\x0bInfoRequest\"\xc6\x01\n\x0cInfoResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\t\x12/\n\ncontainers\x18\x05 \x03(\x0b\x32\x1b.pctr.shim.v1.ContainerInfo\x12\x15\n\revents_queued\x18\x06 \x01(\r\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xfe\x01\n\rContainerInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06status\x18\x04 \x01(\t\x12\r\n\x05\x65xecs\x18\x05 \x03(\t\x12\x10\n\x08\x61ttached\x18\x06 \x01(\r\x12\x15\n\rdropped_bytes\x18\x07 \x01(\x04\x12\x11\n\toom_kills\x18\x08 \x01(\x04\x12\x39\n\x07timings\x18\t \x03(\x0b\x32(.pctr.shim.v1.ContainerInfo.TimingsEntry\x1a.\n\x0cTimingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1e\n\x10ReopenLogRequest\x12\n\n\x02id\x18\x01 \x01(\t\" \n\x12\x45xitRecordsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x13\x45xitRecordsResponse\x12)\n\x07records\x18\x01 \x03(\x0b\x32\x18.pctr.shim.v1.ExitRecord\"\xf4\x01\n\nExitRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x13\n\x0b\x65xit_status\x18\x04 \x01(\r\x12-\n\texited_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06signal\x18\x06 \x01(\r\x12\x11\n\toom_kills\x18\x07 \x01(\x04\x12\x11\n\toom_level\x18\x08 \x01(\t\x12\x14\n\x0c\x61sked_signal\x18\t \x01(\r\x12,\n\x08\x61sked_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"{\n\x07Request\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x14\n\x0ctimeout_nano\x18\x04 \x01(\x03\x12(\n\x08metadata\x18\x05 \x03(\x0b\x32\x16.pctr.shim.v1.KeyValue\"D\n\x08Response\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.pctr.shim.v1.RpcStatus\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"&\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"Q\n\tRpcStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any2\xde\x01\n\x04Shim\x12=\n\x04Info\x12\x19.pctr.shim.v1.InfoRequest\x1a\x1a.pctr.shim.v1.InfoResponse\x12\x43\n\tReopenLog\x12\x1e.pctr.shim.v1.ReopenLogRequest\x1a\x16.google.protobuf.Empty\x12R\n\x0b\x45xitRecords\x12 .pctr.shim.v1.ExitRecordsRequest\x1a!.pctr.shim.v1.ExitRecordsResponse2O\n\x06\x45vents\x12\x45\n\nForwardAll\x12\x1f.pctr.shim.v1.ForwardAllRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,30 +37,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTAINERINFO_TIMINGSENTRY']._loaded_options = None
   _globals['_CONTAINERINFO_TIMINGSENTRY']._serialized_options = b'8\001'
-  _globals['_INFOREQUEST']._serialized_start=145
-  _globals['_INFOREQUEST']._serialized_end=158
-  _globals['_INFORESPONSE']._serialized_start=161
-  _globals['_INFORESPONSE']._serialized_end=359
-  _globals['_CONTAINERINFO']._serialized_start=362
-  _globals['_CONTAINERINFO']._serialized_end=616
-  _globals['_CONTAINERINFO_TIMINGSENTRY']._serialized_start=570
-  _globals['_CONTAINERINFO_TIMINGSENTRY']._serialized_end=616
-  _globals['_REOPENLOGREQUEST']._serialized_start=618
-  _globals['_REOPENLOGREQUEST']._serialized_end=648
-  _globals['_EXITRECORDSREQUEST']._serialized_start=650
-  _globals['_EXITRECORDSREQUEST']._serialized_end=682
-  _globals['_EXITRECORDSRESPONSE']._serialized_start=684
-  _globals['_EXITRECORDSRESPONSE']._serialized_end=748
-  _globals['_EXITRECORD']._serialized_start=751
-  _globals['_EXITRECORD']._serialized_end=995
-  _globals['_REQUEST']._serialized_start=997
-  _globals['_REQUEST']._serialized_end=1120
-  _globals['_RESPONSE']._serialized_start=1122
-  _globals['_RESPONSE']._serialized_end=1190
-  _globals['_KEYVALUE']._serialized_start=1192
-  _globals['_KEYVALUE']._serialized_end=1230
-  _globals['_RPCSTATUS']._serialized_start=1232
-  _globals['_RPCSTATUS']._serialized_end=1313
-  _globals['_SHIM']._serialized_start=1316
-  _globals['_SHIM']._serialized_end=1538
+  _globals['_FORWARDALLREQUEST']._serialized_start=184
+  _globals['_FORWARDALLREQUEST']._serialized_end=250
+  _globals['_INFOREQUEST']._serialized_start=252
+  _globals['_INFOREQUEST']._serialized_end=265
+  _globals['_INFORESPONSE']._serialized_start=268
+  _globals['_INFORESPONSE']._serialized_end=466
+  _globals['_CONTAINERINFO']._serialized_start=469
+  _globals['_CONTAINERINFO']._serialized_end=723
+  _globals['_CONTAINERINFO_TIMINGSENTRY']._serialized_start=677
+  _globals['_CONTAINERINFO_TIMINGSENTRY']._serialized_end=723
+  _globals['_REOPENLOGREQUEST']._serialized_start=725
+  _globals['_REOPENLOGREQUEST']._serialized_end=755
+  _globals['_EXITRECORDSREQUEST']._serialized_start=757
+  _globals['_EXITRECORDSREQUEST']._serialized_end=789
+  _globals['_EXITRECORDSRESPONSE']._serialized_start=791
+  _globals['_EXITRECORDSRESPONSE']._serialized_end=855
+  _globals['_EXITRECORD']._serialized_start=858
+  _globals['_EXITRECORD']._serialized_end=1102
+  _globals['_REQUEST']._serialized_start=1104
+  _globals['_REQUEST']._serialized_end=1227
+  _globals['_RESPONSE']._serialized_start=1229
+  _globals['_RESPONSE']._serialized_end=1297
+  _globals['_KEYVALUE']._serialized_start=1299
+  _globals['_KEYVALUE']._serialized_end=1337
+  _globals['_RPCSTATUS']._serialized_start=1339
+  _globals['_RPCSTATUS']._serialized_end=1420
+  _globals['_SHIM']._serialized_start=1423
+  _globals['_SHIM']._serialized_end=1645
+  _globals['_EVENTS']._serialized_start=1647
+  _globals['_EVENTS']._serialized_end=1726
 # @@protoc_insertion_point(module_scope)

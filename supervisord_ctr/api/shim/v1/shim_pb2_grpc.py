@@ -189,3 +189,79 @@ class Shim:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class EventsStub:
+    """Served by the daemon where its shims forward events, beside containerd.services.events.ttrpc.v1.Events.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ForwardAll = channel.unary_unary(
+                '/pctr.shim.v1.Events/ForwardAll',
+                request_serializer=supervisord__ctr_dot_api_dot_shim_dot_v1_dot_shim__pb2.ForwardAllRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+
+
+class EventsServicer:
+    """Served by the daemon where its shims forward events, beside containerd.services.events.ttrpc.v1.Events.
+    """
+
+    def ForwardAll(self, request, context):
+        """Pass several events on, in their order; the answer means that the daemon has all of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_EventsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ForwardAll': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForwardAll,
+                    request_deserializer=supervisord__ctr_dot_api_dot_shim_dot_v1_dot_shim__pb2.ForwardAllRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'pctr.shim.v1.Events', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('pctr.shim.v1.Events', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Events:
+    """Served by the daemon where its shims forward events, beside containerd.services.events.ttrpc.v1.Events.
+    """
+
+    @staticmethod
+    def ForwardAll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pctr.shim.v1.Events/ForwardAll',
+            supervisord__ctr_dot_api_dot_shim_dot_v1_dot_shim__pb2.ForwardAllRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -89,3 +89,34 @@ class ShimServicer(metaclass=_abc_1.ABCMeta):
         """How processes ended, as written to disk before anybody was told."""
 
 def add_ShimServicer_to_server(servicer: ShimServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class EventsStub:
+    """Served by the daemon where its shims forward events, beside containerd.services.events.ttrpc.v1.Events."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> EventsAsyncStub: ...
+    ForwardAll: _grpc.UnaryUnaryMultiCallable[_shim_pb2.ForwardAllRequest, _empty_pb2.Empty]
+    """Pass several events on, in their order; the answer means that the daemon has all of them."""
+
+@_typing.type_check_only
+class EventsAsyncStub(EventsStub):
+    """Served by the daemon where its shims forward events, beside containerd.services.events.ttrpc.v1.Events."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ForwardAll: _aio.UnaryUnaryMultiCallable[_shim_pb2.ForwardAllRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Pass several events on, in their order; the answer means that the daemon has all of them."""
+
+class EventsServicer(metaclass=_abc_1.ABCMeta):
+    """Served by the daemon where its shims forward events, beside containerd.services.events.ttrpc.v1.Events."""
+
+    @_abc_1.abstractmethod
+    def ForwardAll(
+        self,
+        request: _shim_pb2.ForwardAllRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Pass several events on, in their order; the answer means that the daemon has all of them."""
+
+def add_EventsServicer_to_server(servicer: EventsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
