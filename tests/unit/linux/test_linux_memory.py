@@ -15,8 +15,8 @@ holes = [bytes(size) for size in range(30, 450, 16) for _ in range(2000)]
 del holes[::2]
 kept = memory.fill_gaps()
 fresh = [bytes(68) for _ in range(60)]
-steps = sorted(after - before for before, after in zip(map(id, fresh), map(id, fresh[1:])))
-assert steps[0] == steps[-2] == 112, steps
+steps = [after - before for before, after in zip(map(id, fresh), map(id, fresh[1:]))]
+assert steps.count(112) >= len(steps) - 1, steps  # one may be the step into another pool
 print(len(kept))
 """
 
