@@ -183,7 +183,8 @@ class Daemon:
         )
         stack.push_async_callback(puller.close)
         streams = Streams()
-        transfer = TransferService(database, puller, Pusher(database, executors, http, hosts), streams)
+        pusher = Pusher(database, executors, http, hosts, chunk=settings.registry.push_chunk_size)
+        transfer = TransferService(database, puller, pusher, streams)
         stack.push_async_callback(transfer.close)
 
         observe = await self._metrics(stack, {"tasks": lambda: float(len(tasks)),

@@ -43,6 +43,9 @@ class RegistrySettings:
     header_timeout: float = _setting(30.0, "longest wait for the first header of an answer")
     stall_timeout: float = _setting(30.0, "longest pause between two pieces of a body")
     minimum_rate: int = _setting(1024, "bytes a second below which a transfer counts as stalled")
+    push_chunk_size: int = _setting(
+        0, "bytes of one request when a blob is pushed; 0 sends it whole, unless the registry finds that too large"
+    )
     retries: int = _setting(5, "attempts for one blob at one host, each resuming where the last ended")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
 from supervisord_ctr.aio import Executors
@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from supervisord_ctr.metadata import Database
 
 _TRIES = 3
+#: The size of one request, once a registry said that a whole blob is too large for one.
+_CHUNK = 8 << 20
 _SIDE_BY_SIDE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PushRequest:
-    """What to push where. With `chunk` bytes, blobs go up in pieces of that size; 0 sends each whole."""
+    """What to push where. With `chunk` bytes, blobs go up in pieces of that size; 0 sends each whole, unless the
+    registry finds that too large."""
 
     reference: str
     image: Image
@@ -48,9 +51,12 @@ class PushRequest:
 
 
 class Pusher:
-    """Pushes images. Holds nothing of its own."""
+    """Pushes images. Holds nothing of its own. `chunk` is for requests that do not say."""
 
-    def __init__(self, database: Database, executors: Executors, http: Http, hosts: HostsConfig) -> None:
+    def __init__(
+        self, database: Database, executors: Executors, http: Http, hosts: HostsConfig, *, chunk: int = 0
+    ) -> None:
+        self._chunk = chunk
         self._database = database
         self._executors = executors
         self._http = http
@@ -70,7 +76,10 @@ class Pusher:
         target = f"OCI Registry ({request.reference})"
         tracker.say(f"Pushing to {target}")
         tracker.say("pushing content", request.image.target, request.image.name)
-        job = _Push(self._database, self._executors, registry, hosts[0], namespace, request, tracker)
+        job = _Push(
+            self._database, self._executors, registry, hosts[0], namespace, request, tracker,
+            request.chunk or self._chunk,
+        )
         await job.document(request.image.target, parsed.tag or request.image.target.digest)
         tracker.say("pushed content", request.image.target, request.image.name)
         tracker.say(f"Completed push to {target}", request.image.target)
@@ -81,8 +90,9 @@ class _Push:
 
     def __init__(
         self, database: Database, executors: Executors, registry: Registry, host: RegistryHost, namespace: str,
-        request: PushRequest, tracker: Tracker,
+        request: PushRequest, tracker: Tracker, chunk: int,
     ) -> None:
+        self._chunk = chunk
         self._database = database
         self._executors = executors
         self._registry = registry
@@ -154,9 +164,9 @@ class _Push:
                 if await self._registry.has_blob(self._host, descriptor):
                     self._tracker.finish(descriptor, EXISTS)
                     return
-                location = await self._start_upload(descriptor, failures)
+                location, least = await self._start_upload(descriptor, failures)
                 if location:
-                    await self._upload(descriptor, location, failures)
+                    await self._upload(descriptor, location, least, failures)
                 self._tracker.finish(descriptor)
                 return
             except HostFailure as failure:
@@ -175,8 +185,8 @@ class _Push:
                 return repository
         return ""
 
-    async def _start_upload(self, descriptor: Descriptor, failures: Failures) -> str:
-        """The upload's URL; "" when the blob could be mounted instead."""
+    async def _start_upload(self, descriptor: Descriptor, failures: Failures) -> tuple[str, int]:
+        """The upload's URL and the least that the registry takes at once; "" when the blob could be mounted instead."""
         source = await self._mount_source(descriptor.digest)
         attempts: list[tuple[list[tuple[str, str]], str]] = [([], self._scope)]
         if source:
@@ -190,27 +200,28 @@ class _Push:
             ) as response:
                 status = response.status
                 if status == 201:
-                    return ""
+                    return "", 0
                 location = response.headers.get("Location", "")
                 if status in (200, 202, 204) and location:
-                    return urljoin(str(response.url), location)
+                    least = response.headers.get("OCI-Chunk-Min-Length", "")
+                    return urljoin(str(response.url), location), int(least) if least.isdigit() else 0
                 failures.add(self._host, status, await self._registry.describe(response))
         raise _refused(failures, status)
 
-    async def _upload(self, descriptor: Descriptor, location: str, failures: Failures) -> None:
+    async def _upload(self, descriptor: Descriptor, location: str, least: int, failures: Failures) -> None:
         blob = await self._database.content.reader(self._namespace, descriptor.digest)
         try:
-            if self._request.chunk:
+            if self._chunk:
                 position = 0
                 while position < blob.size:
-                    data = await blob.read_at(self._request.chunk, position)
+                    data = await blob.read_at(max(self._chunk, least), position)
                     location = await self._patch(location, data, position, failures)
                     position += len(data)
                     self._tracker.update(descriptor, position)
                 await self._finish(location, descriptor, b"", failures)
             else:
-                with open(blob.path, "rb") as file:
-                    await self._finish(location, descriptor, file, failures)
+                # The file itself and not its name, which may go before all is sent.
+                await self._finish(location, descriptor, lambda: _reopened(blob.fileno()), failures)
         finally:
             blob.close()
 
@@ -230,6 +241,9 @@ class _Push:
             if response.status in (200, 201, 202, 204):
                 return
             failures.add(self._host, response.status, await self._registry.describe(response))
+            if response.status == 413 and not self._chunk:
+                self._chunk = _CHUNK
+                raise _TryAgain
             raise _refused(failures, response.status)
 
     def _send(self, method: str, location: str, body: Any, headers: dict[str, str], digest: str | None) -> Any:
@@ -243,7 +257,13 @@ class _Push:
             return self._registry.call(
                 self._host, method, "", url=location, scope=self._scope, data=body, headers=headers, redirects=False
             )
+        body = body() if callable(body) else body
         return self._registry.http.request(method, location, data=body, headers=headers, redirects=False)
+
+
+def _reopened(fd: int) -> BinaryIO:
+    """The file of a descriptor from its start, with a position of its own; whoever sends it closes it."""
+    return open(f"/proc/self/fd/{fd}", "rb")
 
 
 class _TryAgain(Exception):

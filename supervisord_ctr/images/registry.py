@@ -109,6 +109,7 @@ class Registry:
         """One authorised request to the repository at `host`: `path` is relative to it, `url` is absolute instead.
 
         HostFailure when there is no answer; any status is given back but a 401 that a token could cure.
+        `data` that can be sent once only is made by a function, called for each attempt.
         """
         scope = scope or f"repository:{self.reference.path}:pull"
         for attempt in range(4):
@@ -125,7 +126,8 @@ class Registry:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     response = await stack.enter_async_context(self.http.request(
-                        method, target, host=host, headers=sent, data=data, params=query or None, redirects=redirects
+                        method, target, host=host, headers=sent, data=data() if callable(data) else data,
+                        params=query or None, redirects=redirects,
                     ))
                 except HostFailure as failure:
                     if not failure.lasting and self.http.other_scheme(host):
