@@ -91,12 +91,13 @@ class Reaper:
 
     def spawn(
         self, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int],
-        folder: str = "",
+        folder: str = "", program: str = "",
     ) -> tuple[int, asyncio.Future[int]]:
         """Start a program; returns its pid and a future of its wait status.
 
         `descriptors` maps the program's descriptor numbers to ours; nothing else is inherited.
-        Missing ones of 0, 1 and 2 are the null device. `folder` is its working folder, "" ours.
+        Missing ones of 0, 1 and 2 are the null device. `folder` is its working folder, "" ours. `program` is
+        what to execute instead of the first argument; where that is refused, the argument it is.
         """
         loop = asyncio.get_running_loop()
         null = -1
@@ -108,10 +109,7 @@ class Reaper:
                     actions.append((os.POSIX_SPAWN_DUP2, null, number))
             actions += [(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in descriptors.items()]
             with _inside(folder):
-                pid = os.posix_spawn(
-                    arguments[0], list(arguments), environment, file_actions=actions,
-                    setsigmask=(), setsigdef=_DEFAULT_SIGNALS,
-                )
+                pid = _start(program or arguments[0], arguments, environment, actions)
         finally:
             if null >= 0:
                 os.close(null)
@@ -121,13 +119,13 @@ class Reaper:
 
     async def run(
         self, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int],
-        folder: str = "",
+        folder: str = "", program: str = "",
     ) -> int:
         """Start a program and wait for it: its exit status, 128 + signal after a signal.
 
         A caller that is cancelled takes the program with it.
         """
-        pid, future = self.spawn(arguments, environment, descriptors, folder)
+        pid, future = self.spawn(arguments, environment, descriptors, folder, program)
         try:
             return processes.exit_of(await future)[0]
         except asyncio.CancelledError:
@@ -135,6 +133,19 @@ class Reaper:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             raise
+
+
+def _start(
+    program: str, arguments: Sequence[str], environment: Mapping[str, str], actions: list[tuple[int, ...]],
+) -> int:
+    try:
+        return os.posix_spawn(
+            program, list(arguments), environment, file_actions=actions, setsigmask=(), setsigdef=_DEFAULT_SIGNALS
+        )
+    except OSError:
+        if program == arguments[0]:
+            raise
+        return _start(arguments[0], arguments, environment, actions)
 
 
 @contextlib.contextmanager

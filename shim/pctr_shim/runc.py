@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pctr_shim import fdio
+from pctr_shim import fdio, sealed
 from pctr_shim.reaper import Reaper
 from supervisord_ctr import errors
 
@@ -105,7 +105,9 @@ class Runtime:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(log)
         status = await reaper.run(
-            self._arguments(log, command), self.environment, descriptors or {}, os.path.dirname(log))
+            self._arguments(log, command), self.environment, descriptors or {}, os.path.dirname(log),
+            sealed.program(self.binary),
+        )
         if status:
             reason = last_error(log) or f"{os.path.basename(self.binary)} ended with status {status}"
             raise classify(f"{failing}: {reason}", reason)

@@ -68,7 +68,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from pctr_shim import cleanup, pause, serve, warm
+from pctr_shim import cleanup, pause, sealed, serve, warm
 from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
 from pctr_shim.signals import Signals
 from supervisord_ctr import errors, faults
@@ -174,6 +174,7 @@ class Zygote:
         config = _config_of(request)
         if not os.path.isdir(config.bundle):
             raise errors.NotFound(f"bundle {config.bundle} is not a folder", kind="bundle", key=config.bundle)
+        sealed.prepare(config.runtime)
         listener = listen(config.socket)
         self._wants_spare = True
         try:

@@ -227,6 +227,17 @@ async def test_programs_run_in_the_folder_they_are_given(tmp_path: Path) -> None
     assert os.getcwd() == here
 
 
+async def test_a_program_that_may_not_be_executed_is_replaced_by_what_it_stands_for() -> None:
+    reaper = Reaper()
+    signals = hear(reaper)
+    try:
+        assert await reaper.run(["/bin/sh", "-c", "exit 6"], {}, {}, program="/nowhere") == 6
+        with pytest.raises(FileNotFoundError):
+            await reaper.run(["/nowhere"], {}, {}, program="/nowhere/else")
+    finally:
+        deaf(signals)
+
+
 async def test_programs_do_not_inherit_what_they_are_not_given() -> None:
     reaper = Reaper()
     signals = hear(reaper)
