@@ -19,8 +19,8 @@ from types import CodeType, FrameType, FunctionType
 from supervisord_ctr.linux import libc
 
 _LARGEST_SMALL = 512
-#: More blocks of one size than any allocator's gap has: a bound, not an expectation.
-_MOST = 65536
+#: Bytes of one size that gaps may have. Where more is needed, the allocator is not the one that is known here.
+_MOST = 1 << 20
 _POOL = 16384
 _HEADER_OF_BYTES = 33
 _LARGE = (65536, 32768, 16384, 8192, 4096, 3072, 2048, *range(1536, 0, -16))
@@ -40,8 +40,12 @@ def fill_gaps() -> list[object]:
     gc.collect()
     kept: list[object] = []
     for size in range(16, _LARGEST_SMALL + 1, 16):
-        kept += _fill(size)
-    _fill_large()
+        filling = _fill(size)
+        if filling is None:
+            break
+        kept += filling
+    if hasattr(_libc, "gnu_get_libc_version"):
+        _fill_large()
     return kept
 
 
@@ -79,31 +83,32 @@ def _block(size: int, number: int) -> object:
     return bytes(size - _HEADER_OF_BYTES)
 
 
-def _fill(size: int) -> list[object]:
-    """Objects of one size until they come one after the other, which is how a new pool gives them."""
+def _fill(size: int) -> list[object] | None:
+    """Objects of one size until they come one after the other, which is how a new pool gives them; None if never."""
     kept: list[object] = []
     row, before = 0, 0
     wanted = _POOL // size // 2
-    for number in range(_MOST):
+    for number in range(_MOST // size):
         made = _block(size, number)
         kept.append(made)
         place = id(made)
         row = row + 1 if place == before + size else 0
         before = place
         if row >= wanted:
-            break
-    return kept
+            return kept
+    return None
 
 
 def _fill_large() -> None:
     """The same for the C library's heap: blocks of falling size until they come from its end. They are never freed."""
-    end = _libc.sbrk(0)
-    for _ in range(_MOST):
-        place = _libc.malloc(_LARGE[0])
-        if not place or _libc.sbrk(0) != end:
+    end, place = _libc.sbrk(0), 0
+    for _ in range(_MOST // _LARGE[0]):
+        place = _libc.malloc(_LARGE[0]) or 0
+        if not place or place > end:
+            return  # it lies elsewhere
+        if _libc.sbrk(0) != end:
             break
     for size in _LARGE:
-        for _ in range(_MOST):
-            found = _libc.malloc(size)
-            if not found or found >= place:
+        for _ in range(_MOST // size):
+            if (_libc.malloc(size) or place) >= place:
                 break
