@@ -7,6 +7,7 @@ the whole OCI specification.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from supervisord_ctr.cri import signals
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.state import Container, Pod, matches_labels
 from supervisord_ctr.names import CRI_NAMESPACE
+
+log = logging.getLogger(__name__)
 
 #: Items of one message of a `Stream…` call (P12).
 PAGE = 250
@@ -87,22 +90,25 @@ async def container_info(core: Core, container: Container) -> dict[str, str]:
         "sandboxID": container.pod_id, "pid": container.pid, "removing": container.removing,
         "snapshotKey": container.id, "snapshotter": container.snapshotter,
         "privileged": container.config.linux.security_context.privileged,
-        "config": json_format.MessageToDict(container.config, preserving_proto_field_name=True),
         "stage": container.stage, "doing": core.stages.tell(container.id), "oomKilled": container.oom,
         "oomLevel": container.oom_level, "endAskedBy": container.asked, "signal": container.signal,
         "askedSignal": container.asked_signal, "cgroup": container.cgroup,
     }
+    info["runtimeType"], spec = "", "null"
     try:
         stored = await core.database.containers.get(CRI_NAMESPACE, container.id)
     except errors.NotFound:
-        info["runtimeType"], info["runtimeSpec"] = "", None
+        log.debug("container %s is not in the store", container.id)
     else:
         info["runtimeType"] = stored.runtime.name
-        info["runtimeSpec"] = json.loads(stored.spec.value) if stored.spec is not None else None
+        if stored.spec is not None and stored.spec.value:
+            spec = stored.spec.value.decode("utf-8", "replace")
     pod = core.state.pod_or_none(container.pod_id)
     if pod is not None:
         info["runtimeOptions"] = _runtime_options(core, pod)
-    return {"info": json.dumps(info)}
+    # Request and specification are JSON already, and large.
+    head = json.dumps(info).removesuffix("}")
+    return {"info": f'{head}, "config": {container.config_text()}, "runtimeSpec": {spec}}}'}
 
 
 def _runtime_options(core: Core, pod: Pod) -> dict[str, Any]:

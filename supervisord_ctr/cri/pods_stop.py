@@ -42,12 +42,7 @@ async def _stop(core: Core, pod: Pod) -> None:
         await _end_containers(core, pod)
         faults.point(CONTAINERS)
         core.stages.enter(pod.id, "detaching the network")
-        await take_down(core, pod)
-        faults.point(DETACHED)
-        if pod.stage != "removing":
-            pod.stage = "stopped"
-        pod.pause_pid = pod.pause_start = 0
-        await core.state.save_pod(pod)
+        await _take_down(core, pod)
     if was_ready:
         publish_pod(core, pod, pb.CONTAINER_STOPPED_EVENT)
 
@@ -66,17 +61,28 @@ async def _end_containers(core: Core, pod: Pod) -> None:
             raise result
 
 
-async def take_down(core: Core, pod: Pod) -> None:
-    """End the pause process, detach the network and let go of the namespaces; each may be gone."""
+async def _take_down(core: Core, pod: Pod) -> None:
+    """End the pause process, detach the network, then let go of the namespaces and record it; each may be gone."""
     pause.end(pod.pause_pid, pod.pause_start)
-    if core.networks.get(pod.id) is not None:
-        try:
-            await core.networks.detach(pod.id)
-        except errors.Error as error:
-            raise errors.Unknown(
-                f"failed to destroy network for sandbox {pod.id!r}: {error.message}", kind="sandbox", key=pod.id
-            ) from error
-    await core.executors.run_io(core.environments.drop, pod.id)
+
+    async def record() -> None:
+        faults.point(DETACHED)
+        if pod.stage != "removing":
+            pod.stage = "stopped"
+        pod.pause_pid = pod.pause_start = 0
+        await core.state.save_pod(pod)
+
+    async def rest() -> None:
+        await all_of(core.executors.run_io(core.environments.drop, pod.id), record())
+
+    try:
+        await core.networks.detach(pod.id, rest)
+    except errors.Error as error:
+        if core.networks.get(pod.id) is None:
+            raise
+        raise errors.Unknown(
+            f"failed to destroy network for sandbox {pod.id!r}: {error.message}", kind="sandbox", key=pod.id
+        ) from error
 
 
 async def remove_pod(core: Core, identity: str) -> None:

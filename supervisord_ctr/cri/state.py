@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
@@ -196,6 +197,7 @@ class Container:
     resources: pb.LinuxContainerResources | None = None
     _item: pb.Container | None = field(default=None, repr=False)
     _status: pb.ContainerStatus | None = field(default=None, repr=False)
+    _config_text: str = field(default="", repr=False)
 
     @property
     def state(self) -> pb.ContainerState.ValueType:
@@ -226,6 +228,12 @@ class Container:
                 labels=self.config.labels, annotations=self.config.annotations,
             )
         return self._item
+
+    def config_text(self) -> str:
+        """The request as JSON, which it takes long to make and which does not change once the container is made."""
+        if not self._config_text:
+            self._config_text = json_format.MessageToJson(self.config, preserving_proto_field_name=True, indent=None)
+        return self._config_text
 
     def cached_status(self) -> pb.ContainerStatus | None:
         """The status built last, None when something changed since."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -174,14 +174,19 @@ class PodNetworks:
         except errors.Error:
             log.exception("network of sandbox %s could not be detached; it is tried again later", pod_id)
 
-    async def detach(self, pod_id: str) -> None:
-        """Detach a pod; a pod without a record is detached already. Raises what the plugin said."""
-        async with self._locks.hold(pod_id):
-            await self._detach(pod_id)
+    async def detach(self, pod_id: str, then: Callable[[], Awaitable[object]] | None = None) -> None:
+        """Detach a pod; a pod without a record is detached already. Raises what the plugin said.
 
-    async def _detach(self, pod_id: str) -> None:
+        `then` is awaited beside the forgetting of the record, once nothing is attached any more.
+        """
+        async with self._locks.hold(pod_id):
+            await self._detach(pod_id, then)
+
+    async def _detach(self, pod_id: str, then: Callable[[], Awaitable[object]] | None = None) -> None:
         known = self._attached.get(pod_id)
         if known is None:
+            if then is not None:
+                await then()
             return
         if known.bridge:
             if self.bridge is None:
@@ -196,6 +201,14 @@ class PodNetworks:
                 request = replace(request, netns="")
             await self.plugins.delete(request, known.attachments)
         faults.point(DELETED)
+        steps: list[Awaitable[object]] = [self._forget(pod_id)]
+        if then is not None:
+            steps.append(then())
+        for result in await asyncio.gather(*steps, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _forget(self, pod_id: str) -> None:
         await self.records.delete(KIND, pod_id)
         self._attached.pop(pod_id, None)
 
