@@ -332,6 +332,7 @@ async def _be_employed(employment: _Employment, shim: serve.Shim) -> None:
     request, listener = employment.request, employment.listener
     if request is None:
         processes.set_name("pctr-spare")
+        processes.set_title("containerd-shim-pctr-v1 (spare)")
         await warm.rehearse(shim)
         packet, descriptors, _, _ = socket.recv_fds(listener, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
         listener.close()

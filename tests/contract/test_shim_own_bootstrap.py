@@ -145,7 +145,10 @@ async def test_containers_of_a_group_share_a_shim(lab: Lab) -> None:
     first, second, third = (run(lab, name, "start").decode() for name in ("pod", "inner", "other"))
     assert first == second != third
     client = await connect_until(first, PATIENCE)
-    assert (await client.call(PRIVATE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse)).group == "pod"
+    info = await client.call(PRIVATE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse)
+    assert info.group == "pod"
+    title = Path(f"/proc/{info.pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+    assert title == f"containerd-shim-pctr-v1 -namespace {lab.namespace} -id pod -address /a.sock"
     await client.close()
     await end(first)
     await end(third)
