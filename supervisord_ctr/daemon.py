@@ -158,7 +158,7 @@ class Daemon:
         stack.push_async_callback(database.close)
         zygote = Zygote()
         stack.push_async_callback(zygote.close)
-        await asyncio.gather(database.open(), zygote.start())  # the zygote warms up while the database opens
+        await asyncio.gather(database.open(), zygote.start())
         mounts = MountManager(state / "mounts", database, executors, roots=(root,))
         stack.push_async_callback(mounts.close)
         await mounts.open()

@@ -52,7 +52,7 @@ class Remains:
 
 
 class Zygote:
-    """One zygote at a time. `start` returns when it answers; `close` ends it, shims live on."""
+    """One zygote at a time. `start` returns when it runs; `close` ends it, shims live on."""
 
     def __init__(self, *, command: Sequence[str] = (sys.executable, "-I", "-m", "pctr_shim.zygote"),
                  env: Mapping[str, str] | None = None) -> None:
@@ -74,10 +74,9 @@ class Zygote:
         return self._process.pid if self._process is not None and self._ready.is_set() else 0
 
     async def start(self) -> None:
-        """Start it and wait for its first answer."""
+        """Start it. It warms up by itself; requests wait for that, and a daemon that starts need not."""
         await self._spawn()
         self._owner.start(self._keep(), "keeper")
-        await self.request("ping")
 
     async def close(self) -> None:
         """End it. Requests under way fail with `Unavailable`."""
