@@ -331,8 +331,8 @@ async def _live(connection: socket.socket, loop: serve.Loop) -> None:
 async def _be_employed(employment: _Employment, shim: serve.Shim) -> None:
     request, listener = employment.request, employment.listener
     if request is None:
-        processes.set_name("pctr-spare")
         processes.set_title("containerd-shim-pctr-v1 (spare)")
+        processes.set_name("pctr-spare")
         await warm.rehearse(shim)
         packet, descriptors, _, _ = socket.recv_fds(listener, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
         listener.close()
