@@ -93,8 +93,8 @@ class Shim:
         """Serve until a Shutdown finds nothing left to serve."""
         processes.set_name("pctr-shim")
         processes.set_title(
-            f"containerd-shim-pctr-v1 -namespace {config.namespace} -id {config.group} "
-            f"-address {config.address or config.socket}"
+            "containerd-shim-pctr-v1", "-namespace", config.namespace, "-id", config.group,
+            "-address", config.address or config.socket,
         )
         processes.set_child_subreaper()
         os.chdir(os.path.dirname(config.socket) or "/")  # bundles come and go

@@ -331,7 +331,7 @@ async def _live(connection: socket.socket, loop: serve.Loop) -> None:
 async def _be_employed(employment: _Employment, shim: serve.Shim) -> None:
     request, listener = employment.request, employment.listener
     if request is None:
-        processes.set_title("containerd-shim-pctr-v1 (spare)")
+        processes.set_title("containerd-shim-pctr-v1", "(spare)")
         processes.set_name("pctr-spare")
         await warm.rehearse(shim)
         packet, descriptors, _, _ = socket.recv_fds(listener, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
@@ -354,6 +354,15 @@ async def _serve(request: dict[str, Any], listener: socket.socket, shim: serve.S
     except OSError as error:
         log.warning("joining a cgroup: %s", error)
     await shim.serve(config, listener)
+
+
+def _greet(connection: socket.socket) -> None:
+    """Answer the daemon's first ping, if it has come: it need not wait until all is warm."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        request = json.loads(connection.recv(_PACKET, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        if request["op"] == "ping":
+            connection.recv(_PACKET)
+            connection.send(json.dumps({"serial": request["serial"], "pid": os.getpid()}).encode())
 
 
 def _reap() -> None:
@@ -388,6 +397,7 @@ def main(arguments: list[str]) -> int:
     connection = socket.socket(fileno=number)
     connection.set_inheritable(False)
     processes.set_name("pctr-zygote")
+    _greet(connection)
     serve.prepare()
     kept = warm.warm_up()
     loop = serve.Loop()

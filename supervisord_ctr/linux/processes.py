@@ -59,20 +59,18 @@ def set_name(name: str) -> None:
     libc.check(_prctl_text(PR_SET_NAME, name.encode()[:15], 0, 0, 0))
 
 
-def set_title(title: str) -> None:
-    """What /proc/PID/cmdline, and so ps, shows from now on; cut at the room that the arguments took at the start.
+def set_title(*words: str) -> None:
+    """The arguments that /proc/PID/cmdline, and so ps, shows from now on; cut at the room that the first ones took.
 
-    The kernel shows the arguments where execve(2) put them. When the last byte there is not zero, it shows one
-    text up to the first zero byte instead (proc(5); the convention of setproctitle(3)).
+    The kernel shows what lies where execve(2) put the arguments, zero bytes behind it included; when the last
+    byte there is not zero, it shows one text up to the first zero byte instead (proc(5)), which is left alone here.
     """
     start, end = argument_area()
-    room = end - start
-    if room < 3:
+    if end - start < 2:
         return
-    text = title.encode()[:room - 2]
-    ctypes.memset(start, 0, room)
+    text = "\0".join(words).encode()[:end - start - 1]
+    ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, text, len(text))
-    ctypes.memset(end - 1, 0x20, 1)
 
 
 @functools.cache

@@ -147,7 +147,7 @@ async def test_containers_of_a_group_share_a_shim(lab: Lab) -> None:
     client = await connect_until(first, PATIENCE)
     info = await client.call(PRIVATE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse)
     assert info.group == "pod"
-    title = Path(f"/proc/{info.pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+    title = Path(f"/proc/{info.pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode()
     assert title == f"containerd-shim-pctr-v1 -namespace {lab.namespace} -id pod -address /a.sock"
     await client.close()
     await end(first)

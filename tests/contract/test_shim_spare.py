@@ -59,12 +59,12 @@ async def test_the_spare_becomes_the_next_shim_and_another_takes_its_place(lab: 
     first = await lab.run("c1", ["sleep", "1000"])
     pid, _ = await next_spare(zygote)
     assert pid != first.pid
-    assert Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") == b"containerd-shim-pctr-v1 (spare)"
+    assert Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") == b"containerd-shim-pctr-v1\0(spare)"
     second = await lab.run("c2", ["sleep", "1000"])
     assert second.pid == pid
     assert os.getsid(pid) == pid
     assert Path(f"/proc/{pid}/comm").read_text().strip() == "pctr-shim"
-    title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+    title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode()
     assert title == f"containerd-shim-pctr-v1 -namespace {lab.namespace} -id c2 -address {second.path}"
     another, _ = await next_spare(zygote)
     assert another not in (first.pid, second.pid)

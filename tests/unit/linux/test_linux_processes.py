@@ -258,9 +258,9 @@ def test_strange_control_files_never_raise(files: dict[str, str]) -> None:
 def test_a_process_can_change_what_ps_shows_of_it() -> None:
     script = (
         "import sys; from supervisord_ctr.linux import processes as p; p.set_name('a-name-that-is-too-long');"
-        "p.set_title('a title -with flags' + 'x' * int(sys.argv[1])); print('ready', flush=True); sys.stdin.read()"
+        "p.set_title('a title', '-with', 'flags' + 'x' * int(sys.argv[1])); print('ready', flush=True); sys.stdin.read()"
     )
-    for added, shown in ((0, b"a title -with flags"), (4000, b"a title -with flagsxxx")):
+    for added, shown in ((0, b"a title\0-with\0flags\0\0"), (4000, b"a title\0-with\0flagsxxx")):
         with subprocess.Popen(
             [sys.executable, "-c", script, str(added)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
@@ -269,6 +269,7 @@ def test_a_process_can_change_what_ps_shows_of_it() -> None:
             assert process.stdout.readline() == b"ready\n"
             whole = Path(f"/proc/{process.pid}/cmdline").read_bytes()
             assert whole.startswith(shown)
-            assert whole.strip(b"\0 x") == b"a title -with flags"
+            assert whole.endswith(b"\0")
+            assert whole.rstrip(b"x\0") == b"a title\0-with\0flags"
             assert Path(f"/proc/{process.pid}/comm").read_text() == "a-name-that-is-\n"
             process.stdin.close()
