@@ -230,7 +230,7 @@ def _network(pod: Pod, interfaces: dict[str, list[int]]) -> list[pb.Metric]:
 
 async def list_metrics(core: Core) -> list[pb.PodSandboxMetrics]:
     """Metrics of every ready pod."""
-    readings = await stats.read_pods(core, [pod for pod in core.state.pods() if pod.ready])
+    readings = await stats.read_pods(core, [pod for pod in core.state.pods() if pod.ready], everything=True)
     groups: list[cgroups.Cgroup] = [
         stats.group_of(container.cgroup) for read in readings for container, reading in read.containers
         if reading is not None

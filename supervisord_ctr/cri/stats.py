@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri.state import Container, Pod, matches_labels
-from supervisord_ctr.linux import cgroups, namespaces
+from supervisord_ctr.linux import cgroup_metrics, cgroups, namespaces
 from supervisord_ctr.model import SnapshotKind, Usage
 from supervisord_ctr.names import CRI_NAMESPACE
 
@@ -33,6 +33,8 @@ _PAUSE, _PAUSE_FACTOR = 10.0, 50.0
 _RATE_GAP = 1_000_000_000
 _NO_LIMIT = 1 << 62
 _USER_TICK = 1000
+#: Controllers of cgroup v1 that stats tell of; metrics tell of more.
+_TOLD_V1 = frozenset({"pids", "cpuacct", "memory"})
 
 
 @dataclass
@@ -161,12 +163,23 @@ class Reading:
         return int(value) if isinstance(value, int | float) else 0
 
 
-def read_group(group: cgroups.Cgroup) -> Reading | None:
-    """Read a control group, None when it is gone. Blocking."""
+def read_group(group: cgroups.Cgroup, *, everything: bool = False) -> Reading | None:
+    """Read a control group, None when it is gone; without `everything` what no stats message tells is left out.
+
+    Blocking. A node has hundreds of groups, and most of the files of one are of no interest to stats.
+    """
     try:
-        return Reading(time.time_ns(), group.is_v2, group.metrics())
+        if everything or group.is_v2:
+            return Reading(time.time_ns(), group.is_v2, group.metrics())
+        folders = {name: folder for name, folder in group.folders.items() if name in _TOLD_V1 and os.path.isdir(folder)}
+        return Reading(time.time_ns(), False, cgroup_metrics.legacy(folders, _read_told)) if folders else None
     except (OSError, ValueError):
         return None
+
+
+def _read_told(path: str) -> str:
+    """A control file, unless it is about memory that the kernel itself uses."""
+    return "" if "/memory.kmem." in path else cgroups.read(path)
 
 
 def _value(number: int) -> pb.UInt64Value:
@@ -343,8 +356,8 @@ class PodReading:
     containers: list[tuple[Container, Reading | None]]
 
 
-async def read_pods(core: Core, pods: Iterable[Pod]) -> list[PodReading]:
-    """Read groups and interfaces of pods and their containers, in one go on one thread."""
+async def read_pods(core: Core, pods: Iterable[Pod], *, everything: bool = False) -> list[PodReading]:
+    """Read groups and interfaces of pods and their containers, in one go on one thread; see `read_group`."""
     wanted = [(pod, [item for item in core.state.containers_of(pod.id) if item.running]) for pod in pods]
 
     def read() -> list[PodReading]:
@@ -353,9 +366,12 @@ async def read_pods(core: Core, pods: Iterable[Pod]) -> list[PodReading]:
             group = pod_group(pod)
             path = "" if pod.host_network else str(core.environments.namespace(pod.id, "net"))
             found.append(PodReading(
-                pod, read_group(group) if group is not None else None,
+                pod, read_group(group, everything=everything) if group is not None else None,
                 {} if pod.host_network else read_interfaces(path),
-                [(item, read_group(group_of(item.cgroup)) if item.cgroup else None) for item in containers],
+                [
+                    (item, read_group(group_of(item.cgroup), everything=everything) if item.cgroup else None)
+                    for item in containers
+                ],
             ))
         return found
 
