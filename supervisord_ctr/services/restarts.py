@@ -176,6 +176,10 @@ class RestartMonitor:
         )
         if state is not None:
             await self._end(namespace, container.id)
+            # Its client may have changed its mind meanwhile, or removed it.
+            container = await self._database.containers.get(namespace, container.id)
+            if container.labels.get(STATUS) != "running":
+                return
         terminal, where = _terminal(container), container.labels.get(LOG, "")
         await self._tasks.create(
             namespace, container.id, rootfs=None, stdout=where, stderr="" if terminal else where, terminal=terminal
