@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,7 +138,7 @@ class TasksService(TasksServicer):
         async with contextlib.AsyncExitStack() as stack:
             if not image and request.HasField("checkpoint"):
                 await self._database.containers.get(namespace, request.container_id)
-                image = str(await stack.enter_async_context(self._unpacked(namespace, request.checkpoint)))
+                image = str(await self._unpacked(namespace, request.checkpoint, stack))
             rootfs = await self._activated(
                 namespace, request.container_id, mounts_from_messages(request.rootfs), lease, stack
             )
@@ -273,7 +273,8 @@ class TasksService(TasksServicer):
         if image:
             await self._tasks.checkpoint(namespace, request.container_id, image, options)
             return api.CheckpointTaskResponse()
-        async with self._folder() as folder:
+        async with contextlib.AsyncExitStack() as undo:
+            folder = await self._folder(undo)
             await self._tasks.checkpoint(namespace, request.container_id, str(folder), options)
             packed = await self._pack(namespace, folder, lease)
             spec = any_from_value(container.spec)
@@ -284,34 +285,30 @@ class TasksService(TasksServicer):
             types_pb2.Descriptor(media_type=checkpoint.CONFIG_MEDIA_TYPE, digest=written, size=len(data)),
         ])
 
-    @contextlib.asynccontextmanager
-    async def _folder(self) -> AsyncIterator[Path]:
-        """A folder for one image, removed in the end."""
+    async def _folder(self, undo: contextlib.AsyncExitStack) -> Path:
+        """A folder for one image. `undo` removes it; whoever keeps it takes that back."""
 
         def make() -> str:
             self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
             return tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch)
 
         folder = Path(await self._executors.run_io(make))
-        try:
-            yield folder
-        finally:
-            await self._executors.run_io(shutil.rmtree, folder, ignore_errors=True)
+        undo.push_async_callback(self._executors.run_io, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
-    @contextlib.asynccontextmanager
-    async def _unpacked(self, namespace: str, descriptor: Any) -> AsyncIterator[Path]:
+    async def _unpacked(self, namespace: str, descriptor: Any, undo: contextlib.AsyncExitStack) -> Path:
         """The image of a descriptor, unpacked."""
         if descriptor.media_type != checkpoint.MEDIA_TYPE:
             raise errors.InvalidArgument(f"unsupported checkpoint type {descriptor.media_type!r}", kind="checkpoint")
         reader = await self._database.content.reader(namespace, descriptor.digest)
-        async with self._folder() as folder:
-            try:
-                with open(os.dup(reader.fileno()), "rb", buffering=0) as file:
-                    file.seek(0)
-                    await self._executors.run_io(checkpoint.unpack, lambda: file.read(_CHUNK), folder)
-            finally:
-                reader.close()
-            yield folder
+        try:
+            folder = await self._folder(undo)
+            with open(os.dup(reader.fileno()), "rb", buffering=0) as file:
+                file.seek(0)
+                await self._executors.run_io(checkpoint.unpack, lambda: file.read(_CHUNK), folder)
+            return folder
+        finally:
+            reader.close()
 
     async def _pack(self, namespace: str, folder: Path, lease: str | None) -> tuple[str, int]:
         """Digest and size of the blob that holds the folder."""

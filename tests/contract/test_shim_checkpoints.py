@@ -19,34 +19,8 @@ from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.types.task import task_pb2 as types
 from supervisord_ctr.linux import mounts
+from tests.support import player
 from tests.support.shim import Lab, Shim, Zygote, laboratory, read_all
-
-FAKE = """#!/bin/sh
-real=/usr/sbin/runc
-all="$*"
-root=$2
-log=$4
-case "$all" in
-*" checkpoint "*)
-    while [ $# -gt 1 ]; do
-        case "$1" in --image-path) images=$2;; --work-path) work=$2;; esac
-        shift
-    done
-    echo "$all" > "$images/asked"
-    case "$images" in *refuse*) echo "criu said no" > "$work/dump.log"
-        echo '{"level":"error","msg":"criu failed: type DUMP errno 0"}' >> "$log"; exit 1;; esac
-    case "$all" in *--leave-running*) exit 0;; esac
-    exec $real --root "$root" kill "$1" KILL;;
-*" restore "*)
-    while [ $# -gt 1 ]; do
-        case "$1" in --image-path) images=$2;; --bundle) bundle=$2;; --pid-file) pid=$2;; esac
-        shift
-    done
-    [ -f "$images/asked" ] || exit 1
-    $real --root "$root" create --bundle "$bundle" --pid-file "$pid" "$1" && exec $real --root "$root" start "$1";;
-esac
-exec $real "$@"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +35,7 @@ def zygote() -> Iterator[Zygote]:
 async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
     """A laboratory of forked shims with the playing runtime in it."""
     async with laboratory("zygote", zygote) as made:
-        fake = made.folder / "player"
-        fake.write_text(FAKE)
-        fake.chmod(0o755)
+        player.write(made.folder / "player")
         yield made
 
 

@@ -15,8 +15,10 @@ from supervisord_ctr.api.cgroups.v1 import metrics_pb2
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.services.containers.v1 import containers_pb2
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
+from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2
 from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots, shim_pid
+from tests.support import player
 from tests.support.daemon import DaemonProcess, wait_until
 
 
@@ -229,6 +231,36 @@ def test_another_oci_runtime_by_options(daemon: DaemonProcess, root: Path) -> No
         client.finish(name)
         assert f"--root {client.output}/oci" in calls.read_text()
         assert "create" in calls.read_text()
+    finally:
+        client.close()
+
+
+def test_a_task_is_restored_from_a_checkpoint_that_is_content(daemon: DaemonProcess, root: Path) -> None:
+    client = Client(daemon, root)
+    try:
+        player.write(client.output / "player")
+        options = options_pb2.Options(binary_name=str(client.output / "player"))
+
+        def create(name: str, *found: types_pb2.Descriptor) -> None:
+            request = tasks_pb2.CreateTaskRequest(container_id=name, checkpoint=found[0] if found else None)
+            request.options.type_url = "containerd.runc.v1.Options"
+            request.options.value = options.SerializeToString()
+            client.call(client.tasks.Create, request)
+
+        name, again = client.container(["sleep", "1000"]), client.container(["sleep", "1000"])
+        create(name)
+        client.start(name)
+        made = client.call(client.tasks.Checkpoint, tasks_pb2.CheckpointTaskRequest(container_id=name))
+        create(again, made.descriptors[0])
+        # The runtime reads the images at start, and whoever asked for the task may take a while until then.
+        client.call(client.tasks.List, tasks_pb2.ListTasksRequest())
+        images = list((daemon.state / "checkpoints").iterdir())
+        assert [(folder / "asked").exists() for folder in images] == [True]
+        client.start(again)
+        assert client.status(again) == task_pb2.RUNNING
+        client.finish(again)
+        client.finish(name)
+        assert list((daemon.state / "checkpoints").iterdir()) == []
     finally:
         client.close()
 
