@@ -241,8 +241,10 @@ def test_checkpoint_works_or_says_why(containerd: Containerd, runtime: str, name
         assert b"criu" in done.stderr
         assert b"criu-dump.log" in done.stderr
         assert containerd.status(name) == "RUNNING"
-    else:
+    elif images.exists():
         assert any(images.iterdir())
+    else:  # ctr passes the path to runtimes whose options it knows; of others it makes an image
+        assert f"containerd.io/checkpoint/{name}:" in containerd.ctr("images", "ls", "-q").stdout.decode()
     containerd.remove(name)
 
 
