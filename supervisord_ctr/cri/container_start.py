@@ -72,7 +72,7 @@ async def _run(core: Core, pod: Pod, container: Container) -> None:
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(_undo, core, container)
         images = await checkpoint.unpack(core, container)
-        async with _id_mapped(core, container):
+        async with _id_mapped(core, pod, container):
             pid = await core.tasks.create(
                 CRI_NAMESPACE, container.id, rootfs=None, stdin=streams.stdin, stdout=streams.stdout,
                 stderr=streams.stderr, terminal=container.config.tty, checkpoint=images,
@@ -90,14 +90,17 @@ async def _run(core: Core, pod: Pod, container: Container) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _id_mapped(core: Core, container: Container) -> AsyncIterator[None]:
+async def _id_mapped(core: Core, pod: Pod, container: Container) -> AsyncIterator[None]:
     """Volumes with mapped owners are there while the container is made."""
     if not container.id_mapped:
         yield
         return
     folder, wanted = core.id_mapped_folder(container.id), [IdMapped(*entry) for entry in container.id_mapped]
+    options = pod.namespaces.userns_options
+    own = (id_mapped.map_text(options.uids), id_mapped.map_text(options.gids))
+    known = {own: core.environments.namespace(pod.id, "user")} if options.uids else {}
     try:
-        await core.executors.run_io(id_mapped.make, folder, wanted)
+        await core.executors.run_io(id_mapped.make, folder, wanted, known)
         yield
     finally:
         await core.executors.run_io(id_mapped.drop, folder)

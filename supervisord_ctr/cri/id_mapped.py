@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,24 +35,28 @@ def map_text(entries: Sequence[pb.IDMapping]) -> str:
     return ",".join(f"{entry.container_id}:{entry.host_id}:{entry.length}" for entry in entries)
 
 
-def make(folder: Path, wanted: Sequence[IdMapped]) -> None:
-    """Mount everything; what was made stays when that fails, for `drop`. Blocks."""
+def make(folder: Path, wanted: Sequence[IdMapped], namespaces: Mapping[tuple[str, str], Path]) -> None:
+    """Mount everything; what was made stays when that fails, for `drop`. Blocks.
+
+    `namespaces` are user namespaces that exist already, by their maps; others are made for the moment.
+    """
     folder.mkdir(mode=0o711, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         known: dict[tuple[str, str], int] = {}
         for entry in wanted:
             target = folder / entry.place
-            if (entry.uids, entry.gids) not in known:
-                made = system_mounts.user_namespace(entry.uids, entry.gids)
-                known[entry.uids, entry.gids] = stack.enter_context(made)
+            maps = (entry.uids, entry.gids)
+            if maps not in known and maps in namespaces:
+                known[maps] = os.open(namespaces[maps], os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, known[maps])
+            elif maps not in known:
+                known[maps] = stack.enter_context(system_mounts.user_namespace(*maps))
             try:
                 if os.path.isdir(entry.source):
                     target.mkdir(mode=0o711, exist_ok=True)
                 else:
                     target.touch(mode=0o600, exist_ok=True)
-                system_mounts.idmap_mount(
-                    entry.source, target, known[entry.uids, entry.gids], recursive=True, map_below=False
-                )
+                system_mounts.idmap_mount(entry.source, target, known[maps], recursive=True, map_below=False)
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     raise errors.FailedPrecondition(

@@ -347,6 +347,20 @@ def test_p24_volumes_of_a_user_namespace_keep_their_owners(cri: Cri, tmp_path: P
     cri.remove_pod(pod)
 
 
+def test_p24_a_volume_whose_owners_cannot_be_mapped_is_refused(cri: Cri, pod: tuple[str, pb.PodSandboxConfig]) -> None:
+    mapping = [pb.IDMapping(host_id=3_000_000, container_id=0, length=65536)]
+    volume = pb.Mount(container_path="/version", host_path="/proc/version", uidMappings=mapping, gidMappings=mapping)
+    container = cri.create(*pod, cri.container_config("true", name="unmappable", mounts=[volume]))
+    with pytest.raises(grpc.RpcError, match="owners of '/proc/version' cannot be mapped"):
+        cri.start(container)
+    assert cri.status(container).reason == "StartError"
+    left = cri.daemon.state / "cri" / "id-mapped"
+    assert not left.exists() or not list(left.iterdir())
+    volume.ClearField("gidMappings")
+    with pytest.raises(grpc.RpcError, match="without the other"):
+        cri.create(*pod, cri.container_config("true", name="half", mounts=[volume]))
+
+
 def test_s3_no_descriptor_of_the_daemon_reaches_a_container(cri: Cri, pod: tuple[str, pb.PodSandboxConfig]) -> None:
     config = cri.container_config("ls /proc/self/fd | wc -l; ls -l /proc/1/fd")
     lines = output(cri, pod, config)
