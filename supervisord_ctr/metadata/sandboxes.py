@@ -10,7 +10,6 @@ from supervisord_ctr import filters
 from supervisord_ctr.errors import AlreadyExists, InvalidArgument, NotFound
 from supervisord_ctr.metadata.codec import (
     adapt_sandbox,
-    checked_labels,
     dump_any,
     dump_extensions,
     dump_map,
@@ -43,10 +42,12 @@ def _dump(sandbox: Sandbox) -> tuple[Value, ...]:
 
 
 def _checked(sandbox: Sandbox) -> Sandbox:
-    """The sandbox as it will be stored; InvalidArgument."""
-    if "" in sandbox.extensions:
-        raise InvalidArgument("sandbox.extensions keys must not be empty", kind="sandbox", key=sandbox.id)
-    return replace(sandbox, labels=checked_labels(sandbox.labels, "sandbox.labels"))
+    """The sandbox as it will be stored; InvalidArgument. Labels may have any length, as in containerd."""
+    labels = {key: value for key, value in sandbox.labels.items() if value}
+    for what, keys in (("extensions", sandbox.extensions), ("labels", labels)):
+        if "" in keys:
+            raise InvalidArgument(f"sandbox.{what}: keys must not be empty", kind="sandbox", key=sandbox.id)
+    return replace(sandbox, labels=labels)
 
 
 class Sandboxes:
