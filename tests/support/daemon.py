@@ -75,6 +75,15 @@ def cgroups_of(namespace: str) -> list[str]:
     return sorted(found)
 
 
+def remove_cgroups(namespace: str) -> None:
+    """Remove the namespace's own cgroup and what is left below it; runc leaves it, empty, as with any daemon."""
+    mounted = Path("/sys/fs/cgroup")
+    for base in [mounted / namespace, *(controller / namespace for controller in mounted.iterdir())]:
+        for folder, _, _ in os.walk(base, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
 class DaemonProcess:
     """`supervisord-ctr` below a private folder: `base`/{root,state,s.sock,config.toml,daemon.log}."""
 
@@ -180,6 +189,7 @@ class DaemonProcess:
                 os.kill(int(line.split(":")[0]), signal.SIGKILL)
         for point in sorted(mounts_below(self.base), reverse=True):
             subprocess.run(["umount", "-l", point], check=False, capture_output=True)
+        remove_cgroups(self.namespace)
         shutil.rmtree(self.base, ignore_errors=True)
 
 
