@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisord_ctr import errors
+from supervisord_ctr.aio import wait_until
 from supervisord_ctr.linux import cgroups, mounts, processes
 from supervisord_ctr.model import Finding
 from supervisord_ctr.runtime import recovery
@@ -213,6 +214,10 @@ class TaskOrphans:
             again = await self._tasks.run_io(self._unreachable, {shim.record.pid for shim in self._tasks.shims.all()})
             if any(found.id == name and found.remedy == "remove" for found in again):
                 processes.send_signal(pid, started, signal.SIGKILL)
+                with contextlib.suppress(TimeoutError):
+                    await wait_until(
+                        lambda: not processes.is_alive(pid, started), self._tasks.config.cleanup_timeout, "shim"
+                    )
             return
         if name in self._tasks.known_sockets():
             return
