@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 from collections.abc import Callable
 from typing import Protocol
 
@@ -167,6 +168,15 @@ class Pump:
     def stalled(self) -> bool:
         """Whether the sink is full at the moment."""
         return not self.ended and not self._reading
+
+    @property
+    def behind(self) -> bool:
+        """Whether something waits that could be moved now: then it is this process that had no time."""
+        if not self._reading or self.fd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _pause(self) -> None:
         if self._reading:

@@ -284,10 +284,12 @@ class ProcessIO:
         moved = -1
         while not self._all_ended.is_set() and loop.time() < deadline:
             now = sum(pump.moved for pump in self._outputs)
-            if now != moved:
+            if now != moved or any(pump.behind for pump in self._outputs):
                 moved, still_since = now, loop.time()
             patience = STALLED if any(pump.stalled for pump in self._outputs) else QUIET
             if loop.time() - still_since >= patience:
+                if patience == STALLED:
+                    log.warning("%s: nobody takes the rest of its output", self._owner.container_id)
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_ended.wait(), QUIET / 2)

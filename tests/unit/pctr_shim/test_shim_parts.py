@@ -20,10 +20,11 @@ from pctr_shim import crilog, records, runc, states
 from pctr_shim.fdio import FdWriter, Pump
 from pctr_shim.reaper import Reaper
 from pctr_shim.signals import Signals
-from pctr_shim.sinks import PipeSink
+from pctr_shim.sinks import NullSink, PipeSink
 from pctr_shim.values import any_of, timestamp, type_name
 
 from supervisord_ctr import errors
+from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.model import Exit, TaskStatus
 
@@ -398,3 +399,20 @@ def test_values() -> None:
     assert packed.type_url == "containerd.events.TaskStart"
     packed.type_url = "types.googleapis.com/" + packed.type_url
     assert type_name(packed) == "containerd.events.TaskStart"
+
+
+async def test_p7_output_that_waits_for_this_process_is_no_silence() -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    pump = Pump(reader, NullSink(), tap=lambda data: None, tapped=lambda: False, pipe=True, on_end=lambda: None)
+    try:
+        assert not pump.behind
+        pump.start()
+        assert not pump.behind
+        os.write(writer, b"late")
+        assert pump.behind
+        await wait_until(lambda: pump.moved == 4, 30, "the bytes to be moved")
+        assert not pump.behind
+    finally:
+        pump.close()
+        os.close(writer)
+    assert not pump.behind
