@@ -230,7 +230,7 @@ def _fork_shim(
         publish_binary=getattr(params, "containerd_binary", "") or arguments.publish_binary,
         address=address, debug=arguments.debug, runtime_root=_runtime_root(),
     )
-    score = _parent_oom_score()
+    score = processes.read_oom_score_adj(os.getppid())
     pid = os.fork()  # noqa: TID251  the shim is this program, without a second start of the interpreter
     if pid:
         listener.close()
@@ -243,11 +243,6 @@ def _fork_shim(
         serve.run(config, listener)
     finally:
         os._exit(0)
-
-
-def _parent_oom_score() -> int:
-    with open(f"/proc/{os.getppid()}/oom_score_adj", encoding="ascii") as file:
-        return int(file.read())
 
 
 def _own_streams() -> None:

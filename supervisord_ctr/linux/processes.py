@@ -195,6 +195,12 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def read_oom_score_adj(pid: int) -> int:
+    """oom_score_adj (proc(5))."""
+    with open(f"/proc/{pid}/oom_score_adj", encoding="ascii") as file:
+        return int(file.read())
+
+
 def set_oom_score_adj(pid: int, value: int) -> int:
     """Set oom_score_adj as near to `value` as the kernel allows; returns what is in force.
 

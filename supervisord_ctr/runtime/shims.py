@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import signal
+import stat
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,8 @@ NEWEST = 3
 #: What our own shims serve beside the task API.
 SHIM_SERVICE = "pctr.shim.v1.Shim"
 _RUNC_OPTIONS = "containerd.runc.v1.Options"
+#: Bytes.
+_LONG_LOG = 8 << 20
 #: Exit status when nothing is known: never 0 (P13).
 UNKNOWN_EXIT = 255
 
@@ -95,6 +98,13 @@ def runc_options(value: TypedValue | None) -> options_pb2.Options | None:
     except DecodeError as error:
         raise errors.InvalidArgument("runtime options are no containerd.runc.v1.Options", kind="options") from error
     return found
+
+
+def _is_pipe(fd: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return False
 
 
 def cgroup_folders(options: options_pb2.Options | None) -> list[str]:
@@ -159,6 +169,8 @@ class Shims:
         self._executors = executors
         self._grpc_address = grpc_address
         self._events = events
+        # Whoever reads our stderr from a pipe waits for its end, which shims would put off: they outlive us.
+        self._shim_log = str(state / "shims.log") if _is_pipe(2) else ""
         self._oci_root = config.oci_root or str(state / "runc")
         self._by_address: dict[tuple[str, str], Shim] = {}
         self._groups = KeyedLock()
@@ -171,8 +183,12 @@ class Shims:
         self.on_lost: Callable[[Shim], Awaitable[None]] | None = None
 
     def prepare(self) -> None:
-        """Make the folder of sockets (blocking)."""
+        """Make the folder of sockets; a log of shims that grew long begins anew (blocking)."""
         self.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._shim_log:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self._shim_log).st_size > _LONG_LOG:
+                    os.unlink(self._shim_log)
 
     def __len__(self) -> int:
         return len(self._by_address)
@@ -268,6 +284,11 @@ class Shims:
             forked.start_time, launch.group, runtime, root,
         )
 
+    def _oom_score(self) -> int:
+        """containerd's rule: under pressure a shim goes before its daemon, and both before what runs at 1000."""
+        wanted = self._config.shim_oom_score
+        return wanted if wanted is not None else min(1000, processes.read_oom_score_adj(os.getpid()) + 1)
+
     async def _fork_once(
         self, namespace: str, group: str, path: str, runtime: str, root: str, joined: Sequence[str]
     ) -> Forked:
@@ -277,7 +298,8 @@ class Shims:
                 return await self._zygote.fork_shim(
                     namespace=namespace, group=group, bundle=str(self.sockets), socket_path=attempt,
                     events=self._events, runtime=runtime, runtime_root=root, cgroups=joined,
-                    oom_score_adj=self._config.shim_oom_score, env=self._config.shim_env, debug=self._config.debug,
+                    oom_score_adj=self._oom_score(), env=self._config.shim_env, debug=self._config.debug,
+                    log=self._shim_log,
                 )
             except errors.Unavailable as error:
                 last = error

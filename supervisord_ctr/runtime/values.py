@@ -58,8 +58,8 @@ class RuntimeConfig:
     oci_root: str = ""
     #: Cgroup folders that our shims join; empty leaves them in the daemon's.
     shim_cgroups: tuple[str, ...] = ()
-    #: `oom_score_adj` of our shims, None leaves it.
-    shim_oom_score: int | None = -998
+    #: `oom_score_adj` of our shims; None is one more than the daemon's, so that they are killed before it.
+    shim_oom_score: int | None = None
     #: Added to the environment of shims.
     shim_env: Mapping[str, str] = field(default_factory=dict)
     debug: bool = False

@@ -96,12 +96,12 @@ class Zygote:
 
     async def fork_shim(self, *, namespace: str, group: str, bundle: str, socket_path: str, events: str, runtime: str,
                         runtime_root: str, cgroups: Sequence[str] = (), oom_score_adj: int | None = None,
-                        env: Mapping[str, str] | None = None, debug: bool = False) -> Forked:
-        """A shim whose socket listens at `socket_path` when this returns."""
+                        env: Mapping[str, str] | None = None, debug: bool = False, log: str = "") -> Forked:
+        """A shim whose socket listens at `socket_path` when this returns. Without `log` it shares our stderr."""
         reply = await self.request(
             "fork-shim", namespace=namespace, id=group, bundle=bundle, socket=socket_path, events=events,
             runtime=runtime, runtime_root=runtime_root, cgroups=list(cgroups), oom_score_adj=oom_score_adj,
-            env=dict(env or {}), debug=debug,
+            env=dict(env or {}), debug=debug, log=log,
         )
         return Forked(reply["pid"], reply.get("start_time", 0), reply["address"])
 

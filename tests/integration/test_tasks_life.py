@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import grpc
 import pytest
@@ -263,6 +266,41 @@ def test_a_task_is_restored_from_a_checkpoint_that_is_content(daemon: DaemonProc
         assert list((daemon.state / "checkpoints").iterdir()) == []
     finally:
         client.close()
+
+
+def test_p1_a_shim_does_not_hold_the_pipe_that_the_daemon_logs_to(root: Path) -> None:
+    daemon = DaemonProcess(Path(tempfile.mkdtemp(prefix="pctr-t-", dir="/tmp")))
+    read = threading.Event()
+    try:
+        with subprocess.Popen(daemon.command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, start_new_session=True) as process:
+            daemon.process, output = process, process.stdout
+            assert output is not None
+
+            def drain(output: IO[bytes] = output) -> None:
+                output.read()
+                read.set()
+
+            thread = threading.Thread(target=drain)
+            thread.start()
+            daemon.wait_ready()
+            client = Client(daemon, root)
+            name = client.run("sleep", "1000")
+            scores = [Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in (process.pid, shim_pid(client, name))]
+            assert int(scores[1]) == min(1000, int(scores[0]) + 1)
+            client.channel.close()
+            assert daemon.stop() == 0
+            assert read.wait(TIMEOUT)
+            thread.join()
+        daemon.start()
+        client.connect()
+        assert client.status(name) == task_pb2.RUNNING
+        client.finish(name)
+        client.close()
+        assert daemon.stop() == 0
+        wait_until(lambda: daemon.leaks() == [], "nothing is left", TIMEOUT)
+    finally:
+        daemon.clean()
 
 
 def test_many_at_once(daemon: DaemonProcess, root: Path) -> None:
