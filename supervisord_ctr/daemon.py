@@ -53,6 +53,7 @@ from supervisord_ctr.images.http import Http, Timeouts
 from supervisord_ctr.images.pull import Puller
 from supervisord_ctr.images.push import Pusher
 from supervisord_ctr.lifecycle import Notifier, exclusive, make_empty_folder, make_private_folder, slim, stop_signals
+from supervisord_ctr.linux import heap
 from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine, GcOptions
 from supervisord_ctr.model import Platform
@@ -135,6 +136,7 @@ class Daemon:
             gc.collect()
             gc.freeze()
             gc.set_threshold(20_000, 50, 100)
+            heap.forget_text()
             notifier.ready(self._address)
             log.info("supervisord-ctr %s ready", __version__, extra={
                 "address": str(self._address), "root": str(self._root), "seconds": f"{time.monotonic() - started:.3f}"})

@@ -72,7 +72,7 @@ from pctr_shim import cleanup, pause, sealed, serve, warm
 from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
 from pctr_shim.signals import Signals
 from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import cgroups, libc, memory, namespaces, processes
+from supervisord_ctr.linux import cgroups, heap, libc, memory, namespaces, processes
 from supervisord_ctr.ttrpc.server import listen
 
 log = logging.getLogger(__name__)
@@ -314,6 +314,7 @@ async def _live(connection: socket.socket, loop: serve.Loop) -> None:
     loop.before_fork()
     kept = memory.fill_gaps()
     gc.freeze()
+    heap.forget_text()
     employment = zygote.run()
     if employment is None:
         del kept

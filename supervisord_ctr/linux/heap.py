@@ -1,11 +1,11 @@
-"""The C library's heap in a process that works in bursts: few arenas, and free memory given back.
+"""The memory of a process that works in bursts: few arenas, and what is free or was read once given back.
 
 What passes through a daemon in large pieces (content written by a client, a large list) leaves its heap
 full of free blocks that the C library keeps for the next time. The number of arenas bounds how far
 threads spread such blocks; `give_back` returns their pages. Where the C library is not glibc, none of
 this exists and nothing is done.
 
-Source: mallopt(3), malloc_trim(3), mallinfo(3).
+Source: mallopt(3), malloc_trim(3), mallinfo(3), madvise(2).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ctypes
 from supervisord_ctr.linux import libc
 
 _M_ARENA_MAX = -8
+_MADV_DONTNEED = 4
 _FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
@@ -31,6 +32,9 @@ if _trim is not None:
     _trim.argtypes = (ctypes.c_size_t,)
 
 
+libc.libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
 def limit_arenas(count: int) -> bool:
     """Let threads share `count` arenas; before the first thread starts. Whether the C library knows this."""
     return _mallopt is not None and _mallopt(_M_ARENA_MAX, count) == 1
@@ -44,3 +48,24 @@ def free_bytes() -> int:
 def give_back() -> bool:
     """Return the pages of free blocks to the kernel; whether there were any. Blocks for milliseconds."""
     return _trim is not None and _trim(0) == 1
+
+
+def forget_text() -> int:
+    """Unmap the pages of programs and libraries that were read so far; how many bytes of mappings that concerned.
+
+    What is used again comes back from the page cache at the first touch, which costs a microsecond. What only
+    starting needed, half of a large library, does not. Pages that this process has changed stay: mappings that
+    have any (relocated addresses, which look read-only afterwards) are left alone.
+    """
+    dropped = 0
+    start = end = 0
+    mapped = False
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                start, end = (int(word, 16) for word in words[0].split("-"))
+                mapped = words[1] in ("r-xp", "r--p") and words[4] != "0"
+            elif mapped and words[:2] == ["Anonymous:", "0"] and not libc.libc.madvise(start, end - start, _MADV_DONTNEED):
+                dropped += end - start
+    return dropped

@@ -35,3 +35,38 @@ print("done")
 def test_the_memory_of_a_burst_is_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", _BURST], capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+_TEXT = """
+import asyncio, hashlib, re, sqlite3, ssl
+import grpc.aio
+from supervisord_ctr.linux import heap
+
+def shared():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Rss:"))
+
+before = shared()
+assert heap.forget_text() > 1 << 20
+assert shared() < before - 1024, (before, shared())
+# Everything still works, relocated tables included.
+assert hashlib.sha256(b"x").hexdigest().startswith("2d71")
+assert sqlite3.connect(":memory:").execute("select 1 + 1").fetchone() == (2,)
+ssl.create_default_context()
+
+async def main():
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()
+    await server.stop(0)
+
+asyncio.run(main())
+print("done")
+"""
+
+
+def test_text_that_only_starting_needed_is_given_back_and_comes_again_when_used() -> None:
+    done = subprocess.run([sys.executable, "-c", _TEXT], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
