@@ -66,6 +66,11 @@ def forget_text() -> int:
             if "-" in words[0] and not words[0].endswith(":"):
                 start, end = (int(word, 16) for word in words[0].split("-"))
                 mapped = words[1] in ("r-xp", "r--p") and words[4] != "0"
-            elif mapped and words[:2] == ["Anonymous:", "0"] and not libc.libc.madvise(start, end - start, _MADV_DONTNEED):
-                dropped += end - start
+            elif mapped and words[:2] == ["Anonymous:", "0"]:
+                dropped += _forget(start, end)
     return dropped
+
+
+def _forget(start: int, end: int) -> int:
+    """Bytes that were unmapped; 0 where the kernel refuses, as it does for locked memory."""
+    return 0 if libc.libc.madvise(start, end - start, _MADV_DONTNEED) else end - start
