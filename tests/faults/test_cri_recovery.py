@@ -53,11 +53,11 @@ def drive(cri: Cri) -> None:
 @pytest.mark.parametrize("point", CRI_POINTS)
 def test_p5_killed_at_a_trace_point_nothing_is_left(cri: Cri, point: str) -> None:
     restart_armed(cri, f"{point}=kill")
-    with pytest.raises((grpc.RpcError, AssertionError)):
+    with pytest.raises((grpc.RpcError, AssertionError)) as failed:
         drive(cri)
     process = cri.daemon.process
     assert process is not None
-    wait_until(lambda: process.poll() is not None, f"killed at {point}", 60)
+    wait_until(lambda: process.poll() is not None, f"killed at {point}, but for {failed.value}\n{cri.daemon.log_tail()}", 60)
     restart_armed(cri, "")
     for container in cri.runtime.ListContainers(pb.ListContainersRequest()).containers:
         status = cri.status(container.id)
