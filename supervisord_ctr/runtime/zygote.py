@@ -143,6 +143,8 @@ class Zygote:
                 async with self._sending:
                     await loop.sock_sendall(sock, packet)
             except OSError as error:
+                if isinstance(error, ConnectionError) and self._socket is sock:
+                    self._ready.clear()  # the keeper will see it, too; who asks again before must wait for the next
                 raise errors.Unavailable(f"the zygote ended during {operation}", kind="zygote") from error
             reply = await waiting
         finally:
