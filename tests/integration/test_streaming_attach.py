@@ -43,6 +43,10 @@ async def read_until(stream, text: bytes) -> bytes:  # type: ignore[no-untyped-d
 async def test_several_clients_see_the_output_and_any_may_type(pod: Pod) -> None:
     container = pod.run(*ECHO, stdin=True)
     clients = [await attach(pod, container) for _ in range(3)]
+    for joined in clients:  # what it typed itself shows that it sees what comes from now on
+        assert joined.stdin is not None
+        await joined.stdin.write(b"here\n")
+        await read_until(joined.stdout, b"got here\n")
     for number, typist in enumerate(clients):
         assert typist.stdin is not None
         await typist.stdin.write(b"line %d\n" % number)
