@@ -101,8 +101,11 @@ async def test_attach_without_input_watches_until_the_end(pod: Pod) -> None:
     typist = await attach(pod, container)
     assert typist.stdin is not None
     assert watcher.stdout is not None
-    await typist.stdin.write(b"seen\n")
-    await read_until(watcher.stdout, b"got seen\n")
+    async with asyncio.TaskGroup() as group:
+        found = group.create_task(read_until(watcher.stdout, b"got seen\n"))
+        while not found.done():  # until the watcher has joined, nobody shows it anything
+            await typist.stdin.write(b"seen\n")
+            await asyncio.wait((found,), timeout=0.2)
     await typist.stdin.close()
     assert b"end of input\n" in await read_all(watcher.stdout)
     assert await asyncio.wait_for(watcher.wait_status(), PATIENCE) == 0
