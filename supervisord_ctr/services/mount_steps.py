@@ -17,8 +17,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from supervisord_ctr import faults
 from supervisord_ctr.errors import FailedPrecondition, InvalidArgument, Unimplemented, Unknown
 from supervisord_ctr.model import Mount
+
+FORMATTED = faults.declare("mounts.formatted", "a file holds a whole file system and does not have its name yet")
 
 _MKDIR = "X-containerd.mkdir."
 _MKFS = "X-containerd.mkfs."
@@ -158,19 +161,28 @@ def _make_file_system(where: str, size: int, kind: str, uuid: str) -> None:
     program = shutil.which(f"mkfs.{kind}", path=_PROGRAMS)
     if program is None:
         raise FailedPrecondition(f"mkfs.{kind} is not installed", kind="mount", key=where)
-    fd = os.open(where, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    # Under a name of its own until it is whole: a file that is there counts as made, also after a kill in between.
+    making = f"{where}.making"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(making)
+    fd = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
     try:
         os.truncate(fd, size)
         ended = subprocess.run(
-            [program, *arguments, where], stdin=subprocess.DEVNULL, capture_output=True, timeout=_MKFS_LIMIT,
+            [program, *arguments, making], stdin=subprocess.DEVNULL, capture_output=True, timeout=_MKFS_LIMIT,
             env={"PATH": _PROGRAMS}, check=False,
         )
         if ended.returncode:
             told = (ended.stderr or ended.stdout).decode("utf-8", "replace").strip()[-500:]
             raise Unknown(f'failed format "{where}": mkfs.{kind} failed: {told}', kind="mount", key=where)
-    except BaseException:
+        faults.point(FORMATTED)
+        os.rename(making, where)
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(where)
+            os.unlink(making)
+        if isinstance(error, subprocess.TimeoutExpired):
+            told = f"took longer than {_MKFS_LIMIT:g} s"
+            raise Unknown(f'failed format "{where}": mkfs.{kind} {told}', kind="mount", key=where) from None
         raise
     finally:
         os.close(fd)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,9 +19,10 @@ from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2 as pb
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.linux.mounts import is_mountpoint, mounts_below
+from supervisord_ctr.linux.mounts import is_mountpoint, mounts_below, temp_mount
 from supervisord_ctr.model import Container, Mount, Runtime, TypedValue
 from supervisord_ctr.rpc import RpcServer
+from supervisord_ctr.services.mount_steps import FORMATTED
 from supervisord_ctr.services.mounts import MountManager, MountsService
 from tests.support.stores import open_stores
 
@@ -247,6 +252,23 @@ async def test_a_file_system_is_made_and_mounted(subject: Subject, tmp_path: Pat
     assert (Path(info.active[0].mount_point) / "file").read_text() == "kept"
     await subject.stub.Deactivate(pb.DeactivateRequest(name="m"), metadata=METADATA)
     image.unlink()
+
+
+def test_p5_a_file_system_that_was_not_finished_does_not_count_as_made(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    program = (
+        "import sys; from pathlib import Path; from supervisord_ctr.model import Mount\n"
+        "from supervisord_ctr.services.mount_steps import Steps\n"
+        "image = Path(sys.argv[1])\n"
+        "Steps([image.parent]).apply(Mount('mkfs/ext4', str(image), ('X-containerd.mkfs.size=8MiB',)), ())\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(image)], check=False, timeout=60,
+                            env={**os.environ, "PCTR_FAULTS": f"{FORMATTED}=kill"})
+    assert (killed.returncode, image.exists()) == (-signal.SIGKILL, False)
+    subprocess.run([sys.executable, "-c", program, str(image)], check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == [image]
+    with temp_mount([Mount("ext4", str(image), ("loop",))]) as mounted:
+        assert "lost+found" in os.listdir(mounted)
 
 
 @pytest.mark.parametrize(("options", "expected"), [
