@@ -92,6 +92,8 @@ def _convert(hint: Any, value: Any, key: str, path: Path, origins: dict[str, str
         raise InvalidArgument(f"{path}: {key} must be {_words(hint)}, not {value!r}")
     if origin is list and not all(isinstance(item, str) for item in value):
         raise InvalidArgument(f"{path}: {key} must be {_words(hint)}, not {value!r}")
+    if expected in (int, float) and not value >= 0:  # also what is no number at all (nan)
+        raise InvalidArgument(f"{path}: {key} must not be below 0, not {value!r}")
     origins[key] = f"file {path}"
     return value
 
