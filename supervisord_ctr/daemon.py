@@ -100,6 +100,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds that running calls get when the daemon stops.
 STOP_GRACE = 2.0
+#: What the names of containerd's services begin with.
+_NATIVE = "containerd.services."
 
 
 class Daemon:
@@ -193,23 +195,16 @@ class Daemon:
                                               "pulls": lambda: float(len(puller.running()))})
         server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid, observe=observe,
                            max_receive=settings.grpc.max_receive_size, max_send=settings.grpc.max_send_size)
-        native = "containerd.services."
-        server.add(f"{native}version.v1.Version", add_VersionServicer_to_server, VersionService())
-        server.add(f"{native}namespaces.v1.Namespaces", add_NamespacesServicer_to_server, NamespacesService(database))
-        server.add(f"{native}containers.v1.Containers", add_ContainersServicer_to_server, ContainersService(database))
-        server.add(f"{native}images.v1.Images", add_ImagesServicer_to_server, ImagesService(database))
-        server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
-        server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))
+        native = _NATIVE
+        serve_records(server, database)
         server.add(f"{native}diff.v1.Diff", add_DiffServicer_to_server,
                    DiffService(database, executors, pool, scratch, mounts))
         server.add(f"{native}transfer.v1.Transfer", add_TransferServicer_to_server, transfer)
         server.add(f"{native}streaming.v1.Streaming", add_StreamingServicer_to_server, StreamingService(streams))
-        server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
         server.add(f"{native}events.v1.Events", add_EventsServicer_to_server, EventsService(exchange))
         server.add(f"{native}tasks.v1.Tasks", add_TasksServicer_to_server,
                    TasksService(tasks, database, executors, mounts))
         server.add(f"{native}mounts.v1.Mounts", add_MountsServicer_to_server, MountsService(mounts))
-        server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
         if settings.restart.interval > 0:
             restarts = RestartMonitor(database, tasks, settings.restart.interval)
             stack.push_async_callback(restarts.close)
@@ -251,6 +246,19 @@ class Daemon:
         await metrics.start()
         stack.push_async_callback(metrics.close)
         return metrics.observe
+
+
+def serve_records(server: RpcServer, database: Database) -> None:
+    """The services that need nothing but the database."""
+    native = _NATIVE
+    server.add(f"{native}version.v1.Version", add_VersionServicer_to_server, VersionService())
+    server.add(f"{native}namespaces.v1.Namespaces", add_NamespacesServicer_to_server, NamespacesService(database))
+    server.add(f"{native}containers.v1.Containers", add_ContainersServicer_to_server, ContainersService(database))
+    server.add(f"{native}images.v1.Images", add_ImagesServicer_to_server, ImagesService(database))
+    server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
+    server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))
+    server.add(f"{native}leases.v1.Leases", add_LeasesServicer_to_server, LeasesService(database))
+    server.add(f"{native}sandbox.v1.Store", add_StoreServicer_to_server, SandboxStoreService(database))
 
 
 def snapshotters(settings: Settings, root: Path, engine: Engine, executors: Executors) -> dict[str, Snapshotter]:
