@@ -46,20 +46,6 @@ run_forward(lambda: urls.pop(0), "127.0.0.1", [(0, 80)])
 """
 
 
-@pytest.fixture
-async def backend() -> ScriptedBackend:
-    return ScriptedBackend()
-
-
-@pytest.fixture
-async def server(backend: ScriptedBackend) -> AsyncIterator[StreamingServer]:
-    made = StreamingServer(backend, StreamingSettings())
-    await made.start()
-    yield made
-    await made.close()
-    assert backend.active == 0
-
-
 @contextlib.asynccontextmanager
 async def program(code: str, *words: str, **streams: object) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, *words, **streams)  # type: ignore[arg-type]

@@ -10,15 +10,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types.task import task_pb2
-from tests.integration.tasks_support import TIMEOUT, Client, roots, shim_pid
+from tests.integration.tasks_support import TIMEOUT, Client, shim_pid
 from tests.support.daemon import DaemonProcess, wait_until
 
 TASKS = int(os.environ.get("PCTR_TEST_TASKS", "10"))
@@ -29,18 +27,6 @@ OUTPUT = int(os.environ.get("PCTR_TEST_OUTPUT_MIB", "24")) << 20
 SHIM_MEMORY = 5.0
 #: Threads that work for the first time open a reader of the database, which stays: three descriptors each.
 READERS = 48
-
-
-@pytest.fixture(scope="module")
-def root() -> Iterator[Path]:
-    yield from roots()
-
-
-@pytest.fixture
-def client(daemon: DaemonProcess, root: Path) -> Iterator[Client]:
-    made = Client(daemon, root)
-    yield made
-    made.close()
 
 
 def memory(pid: int, field: str = "Private_Dirty") -> float:

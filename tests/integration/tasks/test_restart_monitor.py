@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from supervisord_ctr.api.services.containers.v1 import containers_pb2
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2, introspection_pb2_grpc
 from supervisord_ctr.api.types.task import task_pb2
-from tests.integration.tasks_support import Client, busybox_root
+from tests.integration.tasks_support import Client
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
 
 RESTART = "containerd.io/restart."
@@ -22,20 +21,6 @@ RESTART = "containerd.io/restart."
 def daemon() -> Iterator[DaemonProcess]:
     with running_daemon("[restart]\ninterval = 0.2\n") as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def root() -> Iterator[Path]:
-    made = busybox_root()
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def client(daemon: DaemonProcess, root: Path) -> Iterator[Client]:
-    made = Client(daemon, root)
-    yield made
-    made.close()
 
 
 def label(client: Client, name: str, **labels: str) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,23 +10,9 @@ import pytest
 
 from supervisord_ctr.api.services.mounts.v1 import mounts_pb2, mounts_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
-from tests.integration.tasks_support import Client, busybox_root
+from tests.integration.tasks_support import Client
 from tests.support.collecting import collect
 from tests.support.daemon import DaemonProcess, mounts_below, wait_until
-
-
-@pytest.fixture(scope="module")
-def root() -> Iterator[Path]:
-    made = busybox_root()
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def client(daemon: DaemonProcess, root: Path) -> Iterator[Client]:
-    made = Client(daemon, root)
-    yield made
-    made.close()
 
 
 def info(client: Client, name: str) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,11 @@ from tests.support.images import (
 from tests.support.pulling import NAMESPACE, Pulling, open_pulling, refused
 
 
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with fake_registry() as made:
-        yield made
-
-
-@pytest.fixture
-async def pulling(tmp_path: Path) -> AsyncIterator[Pulling]:
-    async with open_pulling(tmp_path / "stores") as made:
-        yield made
+def begin(handler: Handler, length: int) -> None:
+    """The head of an answer whose body the test sends as it likes."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(length))
+    handler.end_headers()
 
 
 # Credentials.
@@ -233,9 +227,7 @@ async def test_p1_a_stalled_registry_is_given_up(tmp_path: Path, registry: FakeR
         if not seen.path.endswith(made.layers[0]):
             return False
         body = registry.blobs[made.layers[0]]
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
+        begin(handler, len(body))
         handler.wfile.write(body[:1000])
         handler.wfile.flush()
         registry.stopped.wait(60)
@@ -255,9 +247,7 @@ async def test_p1_a_trickle_counts_as_a_stall(tmp_path: Path, registry: FakeRegi
         if not seen.path.endswith(made.layers[0]):
             return False
         body = registry.blobs[made.layers[0]]
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
+        begin(handler, len(body))
         for byte in body:
             handler.wfile.write(bytes((byte,)))
             handler.wfile.flush()

@@ -20,14 +20,9 @@ from supervisord_ctr.api.services.containers.v1 import containers_pb2
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2
-from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots, shim_pid
+from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, shim_pid
 from tests.support import player
 from tests.support.daemon import DaemonProcess, wait_until
-
-
-@pytest.fixture(scope="module")
-def root() -> Iterator[Path]:
-    yield from roots()
 
 
 @pytest.fixture(params=[OWN, FOREIGN], ids=["own", "runc-v2"])

@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import threading
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from tests.support.fake_registry import (
     FakeRegistry,
     Handler,
     Seen,
-    fake_registry,
 )
 from tests.support.images import (
     OCI_INDEX,
@@ -45,18 +43,6 @@ from tests.support.images import (
     whiteout,
 )
 from tests.support.pulling import NAMESPACE, Pulling, open_pulling, refused
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with fake_registry() as made:
-        yield made
-
-
-@pytest.fixture
-async def pulling(tmp_path: Path) -> AsyncIterator[Pulling]:
-    async with open_pulling(tmp_path / "stores") as made:
-        yield made
 
 
 async def files_of(pulling: Pulling, chain: str, snapshotter: str = "overlayfs") -> dict[str, str]:

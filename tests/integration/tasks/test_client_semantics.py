@@ -6,7 +6,6 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,8 @@ from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forwardin
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.linux import cgroups
 from supervisord_ctr.ttrpc.client import Client as TtrpcClient
-from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots, shim_pid
+from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, shim_pid
 from tests.support.daemon import DaemonProcess, wait_until
-
-
-@pytest.fixture(scope="module")
-def root() -> Iterator[Path]:
-    yield from roots()
-
-
-@pytest.fixture
-def client(daemon: DaemonProcess, root: Path) -> Iterator[Client]:
-    made = Client(daemon, root)
-    yield made
-    made.close()
 
 
 def packed(message: Message) -> AnyMessage:

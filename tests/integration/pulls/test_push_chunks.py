@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +12,7 @@ from supervisord_ctr.images.http import Http
 from supervisord_ctr.images.push import Pusher, PushRequest
 from tests.support.fake_registry import FakeRegistry, Handler, Seen, fake_registry
 from tests.support.images import BuiltImage, build, digest_of, file, layer
-from tests.support.pulling import NAMESPACE, Pulling, open_pulling
+from tests.support.pulling import NAMESPACE, Pulling
 from tests.support.registry import running_registry
 
 SIZE = 1_000_000
@@ -22,18 +20,6 @@ SIZE = 1_000_000
 
 def image() -> BuiltImage:
     return build([layer(file("data", bytes(range(251)) * (SIZE // 251)))], compression="")
-
-
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with fake_registry() as made:
-        yield made
-
-
-@pytest.fixture
-async def pulling(tmp_path: Path) -> AsyncIterator[Pulling]:
-    async with open_pulling(tmp_path) as made:
-        yield made
 
 
 class Uploads:
