@@ -214,10 +214,11 @@ class Cri:
         self.connect()
 
     def connect(self) -> None:
-        """Connect anew, after a restart."""
+        """Connect anew, after a restart. A channel that was not ready yet would fail its first call at once."""
         if self._channel is not None:
             self._channel.close()
         self._channel = grpc.insecure_channel(f"unix:{self.daemon.address}")
+        grpc.channel_ready_future(self._channel).result(timeout=60)
         self.runtime = RuntimeServiceStub(self._channel)
         self.images = ImageServiceStub(self._channel)
 
