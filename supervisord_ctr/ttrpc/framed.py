@@ -7,6 +7,7 @@ objects, one receive buffer for all connections of the process.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from typing import cast
 
@@ -16,7 +17,7 @@ from supervisord_ctr.ttrpc import wire
 _RECEIVED = memoryview(bytearray(64 << 10))
 
 
-class Framed(asyncio.BufferedProtocol):
+class Framed(asyncio.BufferedProtocol, abc.ABC):
     """Frames in by `_take`, frames out by `_send`; `_lost` is told once that the connection is over."""
 
     def __init__(self) -> None:
@@ -29,13 +30,13 @@ class Framed(asyncio.BufferedProtocol):
 
     # For subclasses.
 
+    @abc.abstractmethod
     def _take(self, frame: wire.Frame) -> None:
         """One frame has come. May call `_hold`; must not raise."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _lost(self, reason: str) -> None:
         """The connection is over; `reason` is empty for an orderly end."""
-        raise NotImplementedError
 
     def _hold(self) -> None:
         """Take no more frames and read nothing until `_release`."""

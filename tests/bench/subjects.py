@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -28,7 +29,7 @@ def cni_plugins() -> str | None:
     return None
 
 
-class Subject:
+class Subject(abc.ABC):
     """One daemon: how it is configured and started, and which processes belong to it."""
 
     name = ""
@@ -53,13 +54,13 @@ class Subject:
         self.config = self.folder / "config.toml"
         self.config.write_text(self.settings(), encoding="utf-8")
 
+    @abc.abstractmethod
     def settings(self) -> str:
         """Text of the configuration file."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def command(self) -> list[str]:
         """Command line of the daemon."""
-        raise NotImplementedError
 
     def _write_hosts(self) -> None:
         folder = self.folder / "hosts" / self.registry

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from supervisord_ctr import lifecycle
+from supervisord_ctr.aio import wait_until
 from supervisord_ctr.errors import FailedPrecondition
 from supervisord_ctr.linux import heap
 
@@ -72,22 +72,28 @@ def test_p5_what_a_killed_daemon_left_in_its_scratch_folder_goes(tmp_path: Path)
 
 
 async def test_memory_that_a_burst_left_free_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    resident, free, given = [50 << 20], [0], threading.Event()
+    resident, free, looks, given = [50 << 20], [0], [0], [0]
+
+    def look() -> int:
+        looks[0] += 1
+        return resident[0]
 
     def give_back() -> bool:
         resident[0] = 50 << 20
-        given.set()
+        given[0] += 1
         return True
 
-    monkeypatch.setattr(lifecycle, "_resident", lambda: resident[0])
+    async def several_looks() -> None:
+        before = looks[0]
+        await wait_until(lambda: looks[0] > before + 10, 30, "several looks")
+
+    monkeypatch.setattr(lifecycle, "_resident", look)
     monkeypatch.setattr(heap, "free_bytes", lambda: free[0])
     monkeypatch.setattr(heap, "give_back", give_back)
-    async with lifecycle.slim(period=0.005):
+    async with lifecycle.slim(period=0.001):
         resident[0] = 90 << 20  # in use: nothing to give back
-        await asyncio.sleep(0.1)
-        assert not given.is_set()
+        await several_looks()
+        assert given == [0]
         free[0] = 40 << 20
-        assert await asyncio.to_thread(given.wait, 10)
-        given.clear()
-        await asyncio.sleep(0.1)  # free blocks stay free blocks; only new pages are worth another look
-        assert not given.is_set()
+        await several_looks()
+        assert given == [1]  # free blocks stay free blocks; only new pages are worth another time
