@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from google.protobuf.message import DecodeError, Message
 
-from pctr_shim import attach, fdio, records
+from pctr_shim import attach, records
 from pctr_shim.config import ShimConfig
 from pctr_shim.process import ExecProcess, InitProcess, Process
 from pctr_shim.reaper import Reaper
@@ -33,7 +33,7 @@ from supervisord_ctr import errors, faults
 from supervisord_ctr.aio import TaskOwner
 from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.api.runc.v1 import options_pb2
-from supervisord_ctr.linux import mounts
+from supervisord_ctr.linux import files, mounts
 from supervisord_ctr.model import Exit, Mount, TaskStatus
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Container:
         facts = {"binary_name": self.options.binary_name, "root": self.options.root,
                  "systemd_cgroup": self.options.systemd_cgroup}
         for name, text in (("options.json", json.dumps(facts)), ("runtime", self.options.binary_name)):
-            fdio.write_file(self.path(name), text.encode())
+            files.write_file(self.path(name), text.encode())
 
     def _mount(self, rootfs: Sequence[Mount]) -> None:
         try:

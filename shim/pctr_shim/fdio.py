@@ -246,17 +246,6 @@ def splice(source: int, target: int) -> int | None:
         return None
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Replace what a small file of ours says: `open` asks the system six things more, for buffers nobody needs."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view):]
-    finally:
-        os.close(fd)
-
-
 def read_file(path: str) -> bytes:
     """What a file of at most 64 KiB holds."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

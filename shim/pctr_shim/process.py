@@ -17,11 +17,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from pctr_shim import fdio, records, runc, states
+from pctr_shim import records, runc, states
 from pctr_shim.console import ConsoleSocket
 from pctr_shim.stdio import Owner, ProcessIO, StreamAddresses
 from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import cgroups, processes
+from supervisord_ctr.linux import cgroups, files, processes
 from supervisord_ctr.model import Exit, TaskStatus
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ class ExecProcess(Process):
         """Run the program inside the container."""
         base = self.container.path(f"exec-{self.exec_id}")
         try:
-            fdio.write_file(f"{base}.spec", self._spec)
+            files.write_file(f"{base}.spec", self._spec)
             command = [
                 "exec", "--process", f"{base}.spec", "--detach", "--pid-file", f"{base}.pid", self.container.id
             ]

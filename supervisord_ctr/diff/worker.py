@@ -25,15 +25,12 @@ import threading
 
 from supervisord_ctr.diff.apply import LayerApplier, Limits, NeedsLower
 from supervisord_ctr.errors import Code, Error
-from supervisord_ctr.linux import libc
+from supervisord_ctr.linux import processes
 
 #: Bytes of address space, stacks and libraries included.
 MEMORY = 4 << 30
 #: Bytes of one packet of a result.
 PACKET = 64 << 10
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
 
 
 class GrowingFile:
@@ -90,8 +87,8 @@ class GrowingFile:
 
 def main(control_fd: int) -> None:
     """Serve jobs until the daemon closes its end."""
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl_pointer(_PR_SET_NAME, b"pctr-unpack\0")
+    processes.set_parent_death_signal(signal.SIGKILL)
+    processes.set_name("pctr-unpack")
     os.umask(0)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

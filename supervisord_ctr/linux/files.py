@@ -2,7 +2,7 @@
 
 Owns openat2(2) and everything built on it: whoever opens a path below a directory that an image or
 a container filled uses `open_in_root`, never a joined path. Owns fallocate, reflinks, renameat2,
-syncfs and sync_file_range. Does not know layers, snapshots or containers.
+syncfs. Does not know layers, snapshots or containers.
 
 All calls are blocking, let go of the interpreter lock, and raise `OSError` with errno and path.
 Every descriptor is close-on-exec.
@@ -35,11 +35,6 @@ RENAME_WHITEOUT = 4
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 
-#: sync_file_range(2), flags.
-SYNC_FILE_RANGE_WAIT_BEFORE = 1
-SYNC_FILE_RANGE_WRITE = 2
-SYNC_FILE_RANGE_WAIT_AFTER = 4
-
 #: Flags that need the `mode` of an open.
 _CREATING = os.O_CREAT | getattr(os, "O_TMPFILE", 0o20200000)
 
@@ -48,7 +43,6 @@ _FICLONE = 0x40049409
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_TOPDIR_FL = 0x00020000
-_AT_EMPTY_PATH = 0x1000
 _FOLLOWED_AT_MOST = 40  # like the kernel's MAXSYMLINKS
 
 
@@ -63,8 +57,6 @@ _syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTE
 _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.syncfs.argtypes = (ctypes.c_int,)
-_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_libc.linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 
 
 def _raise(path: str | bytes = "") -> OSError:
@@ -91,6 +83,20 @@ def openat2(dir_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: 
         if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
             break
     raise _raise(raw)
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace what a small file of ours says, mode 0600; a link in its place is refused (ELOOP).
+
+    Without `open`, which asks the system six things more, for buffers nobody needs. Not atomic: see `durable`.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view):]
+    finally:
+        os.close(fd)
 
 
 def open_root(path: str | os.PathLike[str]) -> int:
@@ -198,11 +204,6 @@ def at(dir_fd: int, name: str = "") -> str:
     return f"/proc/self/fd/{dir_fd}/{name}" if name else f"/proc/self/fd/{dir_fd}"
 
 
-def set_xattr_at(dir_fd: int, name: str, attribute: str, value: bytes) -> None:
-    """lsetxattr(2) on `name` in the open directory `dir_fd`, not following a link."""
-    os.setxattr(at(dir_fd, name), attribute, value, follow_symlinks=False)
-
-
 def get_xattr_at(dir_fd: int, name: str, attribute: str) -> bytes | None:
     """lgetxattr(2) on `name` in `dir_fd`; None when the attribute is absent or not supported."""
     try:
@@ -221,12 +222,6 @@ def list_xattrs_at(dir_fd: int, name: str) -> list[str]:
         if error.errno == errno.ENOTSUP:
             return []
         raise
-
-
-def link_fd(fd: int, dir_fd: int, name: str) -> None:
-    """linkat(2) with AT_EMPTY_PATH: give the open file `fd` the name `name` in `dir_fd`."""
-    if _libc.linkat(fd, b"", dir_fd, os.fsencode(name), _AT_EMPTY_PATH) != 0:
-        raise _raise(name)
 
 
 def rename(
@@ -304,11 +299,6 @@ def sync_filesystem(fd: int) -> None:
     """syncfs(2): every dirty page of the file system that holds `fd` is on disk on return."""
     if _libc.syncfs(fd) != 0:
         raise _raise()
-
-
-def start_writeback(fd: int, offset: int = 0, length: int = 0) -> None:
-    """Ask the kernel to begin writing a range (0 is "to the end") without waiting; a hint, failures are ignored."""
-    _libc.sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE)
 
 
 def spread_subdirectories(path: str | os.PathLike[str]) -> bool:

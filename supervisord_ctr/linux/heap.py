@@ -32,9 +32,6 @@ if _trim is not None:
     _trim.argtypes = (ctypes.c_size_t,)
 
 
-libc.libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
 def limit_arenas(count: int) -> bool:
     """Let threads share `count` arenas; before the first thread starts. Whether the C library knows this."""
     return _mallopt is not None and _mallopt(_M_ARENA_MAX, count) == 1
@@ -55,19 +52,23 @@ def forget_text() -> int:
 
     What is used again comes back from the page cache at the first touch, which costs a microsecond. What only
     starting needed, half of a large library, does not. Pages that this process has changed stay: mappings that
-    have any (relocated addresses, which look read-only afterwards) are left alone.
+    have any (relocated addresses, which look read-only afterwards) are left alone. 0 where the kernel does not tell.
     """
     dropped = 0
     start = end = 0
     mapped = False
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            words = line.split()
-            if "-" in words[0] and not words[0].endswith(":"):
-                start, end = (int(word, 16) for word in words[0].split("-"))
-                mapped = words[1] in ("r-xp", "r--p") and words[4] != "0"
-            elif mapped and words[:2] == ["Anonymous:", "0"]:
-                dropped += _forget(start, end)
+    try:
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    except OSError:  # a kernel without CONFIG_PROC_PAGE_MONITOR
+        return 0
+    for line in lines:
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            start, end = (int(word, 16) for word in words[0].split("-"))
+            mapped = words[1] in ("r-xp", "r--p") and words[4] != "0"
+        elif mapped and words[:2] == ["Anonymous:", "0"]:
+            dropped += _forget(start, end)
     return dropped
 
 

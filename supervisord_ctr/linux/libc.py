@@ -18,7 +18,6 @@ SYS_MOVE_MOUNT = 429
 SYS_FSOPEN = 430
 SYS_FSCONFIG = 431
 SYS_FSMOUNT = 432
-SYS_OPENAT2 = 437
 SYS_MOUNT_SETATTR = 442
 
 AT_FDCWD = -100
@@ -26,13 +25,6 @@ AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_NO_AUTOMOUNT = 0x800
-
-#: openat2(2): how a path may be resolved.
-RESOLVE_NO_XDEV = 0x01
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
-RESOLVE_IN_ROOT = 0x10
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,6 +39,11 @@ libc.eventfd.argtypes = (ctypes.c_uint, _int)
 libc.inotify_init1.argtypes = (_int,)
 libc.inotify_add_watch.argtypes = (_int, _char_p, ctypes.c_uint32)
 libc.syscall.restype = ctypes.c_long
+libc.madvise.argtypes = (_void_p, ctypes.c_size_t, _int)
+libc.malloc.argtypes = (ctypes.c_size_t,)
+libc.malloc.restype = _void_p
+libc.sbrk.argtypes = (ctypes.c_ssize_t,)
+libc.sbrk.restype = _void_p
 
 
 def failure(path: str | os.PathLike[str] | None = None, path2: str | None = None) -> OSError:
@@ -66,26 +63,6 @@ def syscall(number: int, *arguments: Any, path: str | os.PathLike[str] | None = 
     """A raw system call; integers are passed as C longs, everything else as ctypes knows it."""
     converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     return check(int(libc.syscall(ctypes.c_long(number), *converted)), path)
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-def openat2(dir_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
-    """openat2(2): a descriptor, close-on-exec. `mode` counts only with O_CREAT or O_TMPFILE.
-
-    EAGAIN (a rename raced with a `..`, see the manual page) is tried again.
-    """
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    name = os.fsencode(path)
-    for attempt in range(64):
-        try:
-            return syscall(SYS_OPENAT2, dir_fd, name, ctypes.byref(how), ctypes.sizeof(how), path=os.fsdecode(path))
-        except BlockingIOError:
-            if attempt == 63:
-                raise
-    raise AssertionError("unreachable")
 
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
@@ -114,11 +91,6 @@ def setns(fd: int, kind: int = 0) -> None:
 def prctl(option: int, second: int = 0, third: int = 0, fourth: int = 0, fifth: int = 0) -> int:
     """prctl(2) with integer arguments."""
     return check(libc.prctl(option, second, third, fourth, fifth))
-
-
-def prctl_pointer(option: int, pointer: Any) -> int:
-    """prctl(2) whose second argument is an address."""
-    return prctl(option, ctypes.cast(pointer, ctypes.c_void_p).value or 0)
 
 
 def eventfd(initial: int = 0, flags: int = 0) -> int:

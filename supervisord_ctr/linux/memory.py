@@ -9,7 +9,6 @@ Knows CPython's allocator (objects of up to 512 bytes, in pools of one size, mul
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import marshal
 import sys
@@ -26,10 +25,6 @@ _HEADER_OF_BYTES = 33
 _LARGE = (65536, 32768, 16384, 8192, 4096, 3072, 2048, *range(1536, 0, -16))
 
 _libc = libc.libc
-_libc.malloc.argtypes = (ctypes.c_size_t,)
-_libc.malloc.restype = ctypes.c_void_p
-_libc.sbrk.argtypes = (ctypes.c_ssize_t,)
-_libc.sbrk.restype = ctypes.c_void_p
 
 
 def fill_gaps() -> list[object]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from supervisord_ctr.errors import InvalidArgument
-from supervisord_ctr.linux import libc
+from supervisord_ctr.linux import files, libc
 from supervisord_ctr.model import Mount
 
 MS_RDONLY = 0x1
@@ -191,7 +191,7 @@ def _place(root: str, inner: str) -> Iterator[str]:
         return
     root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fd = libc.openat2(root_fd, inner, os.O_PATH, resolve=libc.RESOLVE_IN_ROOT)
+        fd = files.openat2(root_fd, inner, os.O_PATH, resolve=files.RESOLVE_IN_ROOT)
     finally:
         os.close(root_fd)
     try:

@@ -23,7 +23,6 @@ PR_SET_NAME = 15
 PR_SET_SECCOMP = 22
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
-PR_GET_CHILD_SUBREAPER = 37
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -40,13 +39,6 @@ _prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_
 def set_child_subreaper(enabled: bool = True) -> None:
     """Become the parent of orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER)."""
     libc.prctl(PR_SET_CHILD_SUBREAPER, int(enabled))
-
-
-def is_child_subreaper() -> bool:
-    """Whether `set_child_subreaper` is in force."""
-    value = ctypes.c_int(0)
-    libc.prctl_pointer(PR_GET_CHILD_SUBREAPER, ctypes.byref(value))
-    return bool(value.value)
 
 
 def set_parent_death_signal(number: int) -> None:
@@ -187,12 +179,6 @@ def is_alive(pid: int, start_time: int = 0) -> bool:
     except ProcessLookupError:
         return False
     return fields[0] not in ("Z", "X") and (not start_time or int(fields[19]) == start_time)
-
-
-def boot_id() -> str:
-    """What names this boot of the machine: a process identity is worth nothing after another one."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
 
 
 def read_oom_score_adj(pid: int) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import mounts
+from supervisord_ctr.linux import files, mounts
 from supervisord_ctr.names import check_identifier
 
 _MADE = faults.declare("runtime.bundle.made", "the bundle's folders and config.json exist, no shim was asked for")
@@ -100,7 +100,7 @@ class Bundle:
                 make_passable(work)
                 os.symlink(work, bundle.path / "work")
                 if spec is not None:
-                    _write(f"{bundle.path}/config.json", spec)
+                    files.write_file(f"{bundle.path}/config.json", spec)
             except BaseException:
                 bundle.delete()
                 raise
@@ -115,13 +115,13 @@ class Bundle:
         A foreign shim's program reads `bootstrap.json` and `address`, too; ours needs neither.
         """
         found = {name: getattr(record, name) for name in Record.__dataclass_fields__}
-        _write(f"{self.path}/runtime.json", json.dumps(found).encode())
+        files.write_file(f"{self.path}/runtime.json", json.dumps(found).encode())
         if record.binary:
             bootstrap = {"version": record.version, "address": record.address, "protocol": record.protocol}
-            _write(f"{self.path}/bootstrap.json", json.dumps(bootstrap).encode())
-            _write(f"{self.path}/shim-binary-path", record.binary.encode())
+            files.write_file(f"{self.path}/bootstrap.json", json.dumps(bootstrap).encode())
+            files.write_file(f"{self.path}/shim-binary-path", record.binary.encode())
             if not os.path.exists(f"{self.path}/address"):
-                _write(f"{self.path}/address", record.address.encode())
+                files.write_file(f"{self.path}/address", record.address.encode())
 
     def read_record(self) -> Record | None:
         """What `write_record` wrote, the address alone when the rest is damaged; None when nothing is left of it."""
@@ -190,16 +190,6 @@ def _object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view):]
-    finally:
-        os.close(fd)
 
 
 def _hide(path: str) -> str:
