@@ -128,10 +128,6 @@ def global_options(parser: Arguments, *, default: Any) -> None:
     group.add_argument("--debug", action="store_true", default=default, help="show where an error came from")
 
 
-def no_arguments(parser: Arguments) -> None:
-    """For commands that take none."""
-
-
 def format_option(parser: Arguments, quiet: str = "") -> None:
     """`--format`; with `quiet` also `-q`, which prints only that column."""
     parser.add_argument("--format", choices=("table", "json"), default="table", help="how to print (default: table)")

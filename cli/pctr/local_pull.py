@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlencode, urljoin
 
 from pctr import image_config, image_tree, services
-from pctr.command import Context, Failed, new_id
+from pctr.command import Context, Failed
 from pctr.image_config import choose_manifest, is_index, is_manifest, platform_of
 from pctr.pulling import RegistryOptions, credentials_for
 from pctr.rpc import Client
@@ -278,8 +278,3 @@ def _push_host(registry: Registry) -> RegistryHost:
     if not hosts:
         raise Failed(f"{registry.reference.name}: no host is configured to push to")
     return hosts[-1]
-
-
-def upload_ref() -> str:
-    """A ref for content that has no digest yet."""
-    return f"pctr-upload-{new_id()}"

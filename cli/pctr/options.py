@@ -68,11 +68,6 @@ class Options:
         """Groups only matter for help."""
         return self
 
-    def add_mutually_exclusive_group(self, **_: Any) -> Options:
-        """Exclusion is left to argparse."""
-        self._simple = False
-        return self
-
     def set_defaults(self, **_: Any) -> None:
         """Defaults beside the arguments are left to argparse."""
         self._simple = False

@@ -70,10 +70,6 @@ class Reference:
                 text = text.removeprefix(_OFFICIAL)
         return text
 
-    def with_digest(self, digest: str) -> Reference:
-        """The same repository, by digest alone."""
-        return Reference(self.domain, self.path, "", digest)
-
     def __str__(self) -> str:
         return self.canonical()
 

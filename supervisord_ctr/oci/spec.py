@@ -225,11 +225,6 @@ class SpecBuilder:
         self.process["user"] = user.to_spec()
         return self
 
-    def with_umask(self, umask: int) -> Self:
-        """The process's umask."""
-        self._part(self.process, "user")["umask"] = umask
-        return self
-
     def with_terminal(self, width: int = 0, height: int = 0) -> Self:
         """A terminal, and TERM for programs that ask."""
         self.process["terminal"] = True

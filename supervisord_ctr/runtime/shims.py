@@ -251,13 +251,6 @@ class Shims:
                 return shim
         return None
 
-    def find_group(self, namespace: str, group: str) -> Shim | None:
-        """The shim of a sandbox, ours or a foreign one."""
-        for shim in self._by_address.values():
-            if shim.namespace == namespace and shim.record.group == group and not shim.lost:
-                return shim
-        return None
-
     def oci(self, options: TypedValue | None) -> tuple[str, str]:
         """OCI runtime and its root (before the namespace) that options ask of our own shim."""
         chosen = runc_options(options)

@@ -511,19 +511,6 @@ class Tasks:
         answer = await shim.service.call_service(_SHIM_SERVICE, "ExitRecords", request, shim_pb2.ExitRecordsResponse)
         return list(answer.records)
 
-    async def shim_info(self) -> builtins.list[tuple[str, Record, Any]]:
-        """Namespace, record and `pctr.shim.v1.InfoResponse` (None from a foreign shim) of every shim."""
-        result: list[tuple[str, Record, Any]] = []
-        for shim in self.shims.all():
-            info = None
-            if not shim.record.binary:
-                with contextlib.suppress(errors.Error):
-                    info = await shim.service.call_service(
-                        _SHIM_SERVICE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse, self.config.state_timeout
-                    )
-            result.append((shim.namespace, shim.record, info))
-        return result
-
     # -- death of shims ----------------------------------------------------------------------------
 
     def _observe(self, event: Event) -> None:
