@@ -179,6 +179,8 @@ def test_close_waits_for_the_thread_that_still_writes(store: LocalContent, monke
         written = threads.submit(writer.write, b"abc")
         assert writing.wait(10)
         closed = threads.submit(writer.close)
+        with pytest.raises(TimeoutError):
+            closed.result(0.3)
         go_on.set()
         assert written.result(10) == 3
         closed.result(10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,31 @@ def test_p24_volumes_of_a_user_namespace_keep_their_owners(cri: Cri, tmp_path: P
     left = cri.daemon.state / "cri" / "id-mapped"
     assert not left.exists() or not list(left.iterdir())
     cri.remove_pod(pod)
+
+
+def test_p24_what_is_mounted_below_a_volume_comes_along_with_its_own_owners(cri: Cri, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    (volume / "below").mkdir(parents=True)
+    (volume / "of-root").write_text("")
+    mapping = [pb.IDMapping(host_id=4_000_000, container_id=0, length=65536)]
+    options = pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping)
+    config = cri.pod_config()
+    config.linux.security_context.namespace_options.userns_options.CopyFrom(options)
+    pod, _ = cri.run_pod(config)
+    wanted = cri.container_config("stat -c %u /volume/of-root /volume/below/drivers", mounts=[
+        pb.Mount(container_path="/volume", host_path=str(volume), uidMappings=mapping, gidMappings=mapping)
+    ])
+    wanted.linux.security_context.namespace_options.userns_options.CopyFrom(options)
+    # procfs cannot map owners: a volume is not refused for what happens to be mounted in it.
+    subprocess.run(["mount", "--bind", "/proc/tty", str(volume / "below")], check=True)
+    try:
+        container = cri.create(pod, config, wanted)
+        cri.start(container)
+        cri.wait_exited(container)
+        assert [text for _, _, text in cri.log(config)] == ["0", "65534"]
+        cri.remove_pod(pod)
+    finally:
+        subprocess.run(["umount", str(volume / "below")], check=True)
 
 
 def test_p24_a_volume_whose_owners_cannot_be_mapped_is_refused(cri: Cri, pod: tuple[str, pb.PodSandboxConfig]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.errors import FailedPrecondition, InvalidArgument, Unavailable
+from supervisord_ctr.linux import processes
 from supervisord_ctr.runtime.zygote import Zygote
 
 STAND_IN = """
@@ -123,3 +125,15 @@ async def test_closing_ends_it(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(Unavailable):
         await zygote.request("ping")
+
+
+async def test_who_asks_a_dead_zygote_fails_and_who_asks_again_waits_for_the_next(zygote: Zygote) -> None:
+    """Even when its keeper has not seen the end yet: another try at once would meet the same dead one."""
+    await zygote.request("ping")
+    victim = zygote.pid
+    os.kill(victim, signal.SIGKILL)
+    while processes.is_alive(victim):
+        time.sleep(0.001)  # the loop, and so the keeper, stands still meanwhile
+    with pytest.raises(Unavailable):
+        await zygote.request("ping")
+    assert (await zygote.request("ping"))["pid"] != victim
