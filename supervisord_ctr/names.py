@@ -20,7 +20,6 @@ CRI_NAMESPACE = "k8s.io"
 
 LABEL_GC_ROOT = "containerd.io/gc.root"
 LABEL_GC_EXPIRE = "containerd.io/gc.expire"
-LABEL_GC_FLAT = "containerd.io/gc.flat"
 LABEL_GC_REF_CONTENT = "containerd.io/gc.ref.content"
 LABEL_GC_REF_SNAPSHOT = "containerd.io/gc.ref.snapshot."
 LABEL_SHAREABLE = "containerd.io/namespace.shareable"

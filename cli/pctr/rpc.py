@@ -65,7 +65,6 @@ TASKS = _PREFIX + "tasks.v1.Tasks/"
 TRANSFER = _PREFIX + "transfer.v1.Transfer/"
 VERSION = _PREFIX + "version.v1.Version/"
 CRI_RUNTIME = "/runtime.v1.RuntimeService/"
-CRI_IMAGE = "/runtime.v1.ImageService/"
 
 # HTTP statuses of something that is not a gRPC server (gRPC's http-grpc-status-mapping.md).
 _HTTP_CODES = {400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14}

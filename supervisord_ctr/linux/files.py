@@ -19,17 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: openat2(2), "resolve": what path resolution may cross.
-RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
-RESOLVE_CACHED = 0x20
 
 #: renameat2(2), flags.
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
-RENAME_WHITEOUT = 4
 
 #: fallocate(2), mode.
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -227,7 +224,7 @@ def list_xattrs_at(dir_fd: int, name: str) -> list[str]:
 def rename(
     source: str | bytes, target: str | bytes, flags: int = 0, *, source_fd: int = -100, target_fd: int = -100
 ) -> None:
-    """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT; -100 is the working directory."""
+    """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE; -100 is the working directory."""
     if _libc.renameat2(source_fd, os.fsencode(source), target_fd, os.fsencode(target), flags) != 0:
         raise _raise(target)
 
