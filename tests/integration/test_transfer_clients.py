@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from supervisord_ctr.api.services.content.v1 import content_pb2, content_pb2_grpc
 from supervisord_ctr.api.services.diff.v1 import diff_pb2, diff_pb2_grpc
 from supervisord_ctr.api.services.images.v1 import images_pb2, images_pb2_grpc
+from supervisord_ctr.api.services.leases.v1 import leases_pb2, leases_pb2_grpc
 from supervisord_ctr.api.services.snapshots.v1 import snapshots_pb2, snapshots_pb2_grpc
 from supervisord_ctr.api.services.streaming.v1 import streaming_pb2, streaming_pb2_grpc
 from supervisord_ctr.api.services.transfer.v1 import transfer_pb2, transfer_pb2_grpc
@@ -84,6 +85,12 @@ def transfer(
     if progress:
         request.options.progress_stream = progress
     transfer_pb2_grpc.TransferStub(channel).Transfer(request, metadata=daemon.metadata(), timeout=120)
+
+
+def lease(channel: grpc.Channel, daemon: DaemonProcess, name: str) -> tuple[tuple[str, str], ...]:
+    """Headers whose lease `name` protects what the calls make: the collector may come at any time."""
+    leases_pb2_grpc.LeasesStub(channel).Create(leases_pb2.CreateRequest(id=name), metadata=daemon.metadata())
+    return daemon.metadata(lease=name)
 
 
 def store(name: str, *, unpack: bool = True) -> types.ImageStore:
@@ -306,13 +313,14 @@ def test_diff_applies_and_computes(channel: grpc.Channel, daemon: DaemonProcess,
     snapshots = snapshots_pb2_grpc.SnapshotsStub(channel)
     diff = diff_pb2_grpc.DiffStub(channel)
     parent = digest_of(base)
+    headers = lease(channel, daemon, "diff")
 
     def mounts(kind: str, key: str) -> list[types_pb2.Mount]:
         request = snapshots_pb2.PrepareSnapshotRequest(snapshotter="overlayfs", key=key, parent=parent)
         if kind == "view":
             view = snapshots_pb2.ViewSnapshotRequest(snapshotter="overlayfs", key=key, parent=parent)
-            return list(snapshots.View(view, metadata=daemon.metadata()).mounts)
-        return list(snapshots.Prepare(request, metadata=daemon.metadata()).mounts)
+            return list(snapshots.View(view, metadata=headers).mounts)
+        return list(snapshots.Prepare(request, metadata=headers).mounts)
 
     active, below = mounts("prepare", "diff-active"), mounts("view", "diff-below")
     upper = next(o for m in active for o in m.options if o.startswith("upperdir=")).partition("=")[2]
@@ -321,16 +329,16 @@ def test_diff_applies_and_computes(channel: grpc.Channel, daemon: DaemonProcess,
     answer = diff.Diff(diff_pb2.DiffRequest(
         left=below, right=active, media_type="application/vnd.oci.image.layer.v1.tar+gzip", ref="diff-test",
         labels={"mine": "yes"},
-    ), metadata=daemon.metadata())
+    ), metadata=headers)
     info = content_pb2_grpc.ContentStub(channel).Info(
-        content_pb2.InfoRequest(digest=answer.diff.digest), metadata=daemon.metadata()
+        content_pb2.InfoRequest(digest=answer.diff.digest), metadata=headers
     ).info
     assert info.labels["mine"] == "yes"
     fresh = list(snapshots.Prepare(
         snapshots_pb2.PrepareSnapshotRequest(snapshotter="overlayfs", key="diff-fresh", parent=parent),
-        metadata=daemon.metadata(),
+        metadata=headers,
     ).mounts)
-    applied = diff.Apply(diff_pb2.ApplyRequest(diff=answer.diff, mounts=fresh), metadata=daemon.metadata()).applied
+    applied = diff.Apply(diff_pb2.ApplyRequest(diff=answer.diff, mounts=fresh), metadata=headers).applied
     assert applied.digest == info.labels["containerd.io/uncompressed"]
     assert applied.media_type == "application/vnd.oci.image.layer.v1.tar"
     fresh_upper = next(o for m in fresh for o in m.options if o.startswith("upperdir=")).partition("=")[2]
@@ -342,18 +350,20 @@ def test_diff_applies_and_computes(channel: grpc.Channel, daemon: DaemonProcess,
     ):
         wrong = types_pb2.Descriptor(media_type=media_type, digest=answer.diff.digest, size=1)
         with pytest.raises(grpc.RpcError) as caught:
-            diff.Apply(diff_pb2.ApplyRequest(diff=wrong, mounts=fresh), metadata=daemon.metadata())
+            diff.Apply(diff_pb2.ApplyRequest(diff=wrong, mounts=fresh), metadata=headers)
         assert caught.value.code() == code
     gone = types_pb2.Descriptor(
         media_type="application/vnd.oci.image.layer.v1.tar", digest="sha256:" + "1" * 64, size=1
     )
     with pytest.raises(grpc.RpcError) as missing:
-        diff.Apply(diff_pb2.ApplyRequest(diff=gone, mounts=fresh), metadata=daemon.metadata())
+        diff.Apply(diff_pb2.ApplyRequest(diff=gone, mounts=fresh), metadata=headers)
     assert missing.value.code() == grpc.StatusCode.NOT_FOUND
-    for key in ("diff-active", "diff-below", "diff-fresh"):
-        snapshots.Remove(
-            snapshots_pb2.RemoveSnapshotRequest(snapshotter="overlayfs", key=key), metadata=daemon.metadata()
-        )
+    leases_pb2_grpc.LeasesStub(channel).Delete(
+        leases_pb2.DeleteRequest(id="diff", sync=True), metadata=daemon.metadata()
+    )
+    with pytest.raises(grpc.RpcError) as collected:
+        snapshots.Stat(snapshots_pb2.StatSnapshotRequest(snapshotter="overlayfs", key="diff-fresh"), metadata=headers)
+    assert collected.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 def test_the_real_ctr(daemon: DaemonProcess, registry: RunningRegistry, tmp_path: Path) -> None:
