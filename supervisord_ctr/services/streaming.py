@@ -8,6 +8,7 @@ call, and a slow client delays only what is sent to it (P9).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -18,7 +19,9 @@ from supervisord_ctr.api.services.streaming.v1 import streaming_pb2 as pb
 from supervisord_ctr.api.services.streaming.v1 import streaming_pb2_grpc
 from supervisord_ctr.api.types.transfer import transfer_pb2 as transfer
 from supervisord_ctr.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from supervisord_ctr.images.progress import Progress
 from supervisord_ctr.rpc import Context, namespace_of
+from supervisord_ctr.services.convert import descriptor_to_message
 
 #: Bytes in one Data message, and how many may be under way unconfirmed (as containerd's clients expect).
 _PIECE = 32 << 10
@@ -199,37 +202,51 @@ class ByteWriter:
 
 
 class ProgressSender:
-    """Sends progress without ever delaying who makes it: what a slow client missed is left out."""
+    """Sends progress without ever delaying who makes it, `pace` seconds apart.
 
-    def __init__(self, stream: Stream, limit: int = 1024) -> None:
+    Of one blob only the newest event waits, in the place of the oldest: what is below others in the tree
+    stays behind them, and a client's display is not faster than that anyway.
+    """
+
+    def __init__(self, stream: Stream, limit: int = 1024, pace: float = 0.1) -> None:
         self._stream = stream
         self._limit = limit
-        self._queue: deque[transfer.Progress] = deque()
+        self._pace = pace
+        self._queue: dict[str, Progress] = {}
         self._ready = asyncio.Event()
-        self._ended = False
+        self._over = asyncio.Event()
 
-    def offer(self, message: transfer.Progress) -> None:
+    def offer(self, event: Progress) -> None:
         """Queue one event; beyond the limit the oldest goes."""
-        if len(self._queue) >= self._limit:
-            self._queue.popleft()
-        self._queue.append(message)
+        key = event.name if event.total else f"{event.name} {event.event}"
+        if key not in self._queue and len(self._queue) >= self._limit:
+            del self._queue[next(iter(self._queue))]
+        self._queue[key] = event
         self._ready.set()
 
     def end(self) -> None:
         """No more events: `run` returns when all are sent."""
-        self._ended = True
+        self._over.set()
         self._ready.set()
 
     async def run(self) -> None:
         """Send until `end`."""
-        while True:
-            while self._queue:
-                try:
-                    await self._stream.send(self._queue.popleft())
-                except Unavailable:
-                    self._queue.clear()
-                    self._ended = True
-            if self._ended:
-                return
-            self._ready.clear()
-            await self._ready.wait()
+        with contextlib.suppress(Unavailable):
+            while True:
+                await self._ready.wait()
+                self._ready.clear()
+                waiting, self._queue = self._queue, {}
+                for event in waiting.values():
+                    await self._stream.send(_progress_message(event))
+                if self._over.is_set() and not self._queue:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._over.wait(), self._pace)
+
+
+def _progress_message(progress: Progress) -> transfer.Progress:
+    descriptor = progress.descriptor
+    return transfer.Progress(
+        event=progress.event, name=progress.name, parents=progress.parents, progress=progress.progress,
+        total=progress.total, desc=descriptor_to_message(descriptor) if descriptor is not None else None,
+    )

@@ -30,7 +30,7 @@ from supervisord_ctr.images.push import Pusher, PushRequest
 from supervisord_ctr.metadata import Database
 from supervisord_ctr.model import Descriptor, Image, Platform
 from supervisord_ctr.rpc import Context, lease_of, namespace_of
-from supervisord_ctr.services.convert import descriptor_to_message, platform_from_message
+from supervisord_ctr.services.convert import platform_from_message
 from supervisord_ctr.services.streaming import ByteReader, ByteWriter, ProgressSender, Stream, Streams, type_name
 
 M = TypeVar("M", bound=Message)
@@ -117,7 +117,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         sender = ProgressSender(stream)
         task = self._owner.start(sender.run(), "progress")
         try:
-            yield lambda progress: sender.offer(_progress_message(progress))
+            yield sender.offer
         finally:
             sender.end()
             try:
@@ -276,12 +276,4 @@ def _rules(target: types.ImageStore) -> tuple[NameRule, ...]:
     return tuple(
         NameRule(rule.name, rule.is_prefix, rule.allow_overwrite, rule.add_digest, rule.skip_named_digest)
         for rule in target.extra_references
-    )
-
-
-def _progress_message(progress: Progress) -> types.Progress:
-    descriptor = progress.descriptor
-    return types.Progress(
-        event=progress.event, name=progress.name, parents=progress.parents, progress=progress.progress,
-        total=progress.total, desc=descriptor_to_message(descriptor) if descriptor is not None else None,
     )
