@@ -109,6 +109,8 @@ class LocalContent:
         self._ingests = self.root / "ingest"
         self._lock = threading.Lock()
         self._held: dict[str, float] = {}
+        self._unsynced: set[Path] = set()
+        self._syncing = threading.Lock()
         self._trash = self.root / "trash"
         for folder in (self.root, self._ingests, self._trash, *(self._blobs / name for name in ALGORITHMS)):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -329,8 +331,11 @@ class LocalContent:
             removed.append(ref)
         return removed
 
-    def place(self, data: Path, digest: str, size: int) -> bool:
-        """Rename the finished file `data` to its blob; False, and nothing moves, when a sound blob is there already."""
+    def place(self, data: Path, digest: str, size: int, *, sync: bool = True) -> bool:
+        """Rename the finished file `data` to its blob; False, and nothing moves, when a sound blob is there already.
+
+        Without `sync` the name is on disk with the next `sync_names`.
+        """
         target = self.path(digest)
         try:
             if os.stat(target, follow_symlinks=False).st_size == size:
@@ -339,9 +344,25 @@ class LocalContent:
         except FileNotFoundError:
             pass
         os.rename(data, target)
-        if self.sync:
-            durable.sync_folder(target.parent)
+        with self._lock:
+            self._unsynced.add(target.parent)
+        if sync:
+            self.sync_names()
         return True
+
+    def sync_names(self) -> None:
+        """Bring the names of all blobs to disk; costs nothing when they are there. `OSError`."""
+        with self._syncing:
+            with self._lock:
+                folders, self._unsynced = self._unsynced, set()
+            try:
+                if self.sync:
+                    for folder in folders:
+                        durable.sync_folder(folder)
+            except OSError:
+                with self._lock:
+                    self._unsynced |= folders
+                raise
 
 
 def _info(digest: str, found: os.stat_result) -> ContentInfo:

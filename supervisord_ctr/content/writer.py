@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from supervisord_ctr import faults
 from supervisord_ctr.errors import AlreadyExists, FailedPrecondition, NotFound, OutOfRange, from_os_error
+from supervisord_ctr.linux import files
 from supervisord_ctr.model import IngestStatus
 from supervisord_ctr.names import check_digest
 
@@ -77,18 +78,19 @@ class IngestWriter:
 
     def _begin(self) -> None:
         self._started = self._updated = time.time()
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._path)
-        self._path.mkdir(mode=0o700)
+        path = os.fspath(self._path)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            shutil.rmtree(path)
+            os.mkdir(path, 0o700)
         faults.point(CREATED)
-        for name, text in (
-            ("ref", self.ref),
-            ("startedat", _rfc3339(self._started)),
-            ("updatedat", _rfc3339(self._started)),
-            *((("total", str(self.total)),) if self.total else ()),
-        ):
-            (self._path / name).write_text(text)
-        self._fd = os.open(self._path / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        now = _rfc3339(self._started).encode()
+        for name, text in (("ref", self.ref.encode()), ("startedat", now), ("updatedat", now)):
+            files.write_file(f"{path}/{name}", text)
+        if self.total:
+            files.write_file(f"{path}/total", str(self.total).encode())
+        self._fd = os.open(f"{path}/data", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def _open_fd(self) -> int:
         if self._fd < 0:
@@ -135,23 +137,24 @@ class IngestWriter:
         """The digest of what was written so far; after `commit` that of the blob."""
         return self._digest or f"{self._algorithm}:{self._hash.hexdigest()}"
 
-    def commit(self, size: int = 0, expected: str = "") -> str:
+    def commit(self, size: int = 0, expected: str = "", *, sync_name: bool = True) -> str:
         """Make the ingest a blob, durably, and return its digest; the writer is closed then, also after an error.
 
         FailedPrecondition when `size` (not 0) or `expected` (not empty) differ from what was written;
         the ingest stays. AlreadyExists when the blob exists: the ingest is gone then, and the blob is
-        good to use.
+        good to use. With `sync_name=False` its bytes are on disk, and its name with the next
+        `LocalContent.sync_names`.
         """
         with self._turn:
-            return self._commit(size, expected)
+            return self._commit(size, expected, sync_name)
 
-    def _commit(self, size: int, expected: str) -> str:
+    def _commit(self, size: int, expected: str, sync_name: bool) -> str:
         self._open_fd()
         try:
             digest = self._digest = self._settle(size, expected)
             self._sync()
             faults.point(SYNCED)
-            placed = self._store.place(self._path / "data", digest, self.offset)
+            placed = self._store.place(self._path / "data", digest, self.offset, sync=sync_name)
             faults.point(RENAMED)
         except FileNotFoundError as error:
             raise NotFound(f"ingest {self.ref}: aborted meanwhile", kind="ingest", key=self.ref) from error
@@ -159,10 +162,20 @@ class IngestWriter:
             raise from_os_error(error, f"commit ingest {self.ref}") from error
         finally:
             self._finish()
-        shutil.rmtree(self._path, ignore_errors=True)
+        _remove(os.fspath(self._path))
         if not placed:
             raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
         return digest
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that was written is on disk."""
+        return self._synced == self.offset
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was committed or closed."""
+        return self._fd < 0
 
     def settle(self, size: int = 0, expected: str = "") -> str:
         """What `commit` would check, without committing: the digest, or its errors; the data are on disk afterwards."""
@@ -223,6 +236,16 @@ class IngestWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _remove(path: str) -> None:
+    """Remove the folder of a finished ingest; what stays behind is swept with the next collection."""
+    try:
+        for name in os.listdir(path):
+            os.unlink(f"{path}/{name}")
+        os.rmdir(path)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_ingest_status(path: Path) -> IngestStatus | None:

@@ -194,7 +194,8 @@ class Puller:
         failed = True
         try:
             # Inside: a caller that is cancelled now has asked for the lease, and the release comes after it.
-            await self.database.leases.create(namespace, name, {LABEL_GC_EXPIRE: expires})
+            # Not synced, and nor is its end: what it protects comes after it in the log, and it expires by itself.
+            await self.database.leases.create(namespace, name, {LABEL_GC_EXPIRE: expires}, durable=False)
             yield name
             failed = False
         finally:
@@ -203,7 +204,7 @@ class Puller:
     async def _release(self, namespace: str, name: str, failed: bool) -> None:
         """Give the lease up. After a failure what it protected goes at once; unfinished downloads stay (P2)."""
         with contextlib.suppress(NotFound):
-            await self.database.leases.delete(namespace, name, sync=failed)
+            await self.database.leases.delete(namespace, name, sync=failed, durable=False)
 
     def slots(self) -> asyncio.Semaphore:
         """How many layers of one pull download side by side."""
@@ -321,7 +322,8 @@ class Puller:
         missing = {key: value for key, value in labels.items() if info.labels.get(key) != value}
         if missing:
             await self.database.content.update(
-                namespace, dataclasses.replace(info, labels=missing), [f"labels.{key}" for key in missing]
+                namespace, dataclasses.replace(info, labels=missing), [f"labels.{key}" for key in missing],
+                durable=False,
             )
 
 

@@ -107,7 +107,7 @@ class ImageUnpacker:
         key = f"extract-{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)} {self.chain[index]}"
         labels = {LABEL_SNAPSHOT_REF: self.chain[index]}
         parent = self.parent(index) if on_parent else ""
-        await self.snapshots.prepare(self.namespace, key, parent, labels, lease=self.lease)
+        await self.snapshots.prepare(self.namespace, key, parent, labels, lease=self.lease, durable=False)
         try:
             yield key
         finally:
@@ -193,7 +193,7 @@ class ImageUnpacker:
         if info.labels.get(LABEL_UNCOMPRESSED) != diff_id:
             await self.database.content.update(
                 self.namespace, ContentInfo(digest, info.size, labels={LABEL_UNCOMPRESSED: diff_id}),
-                [f"labels.{LABEL_UNCOMPRESSED}"],
+                [f"labels.{LABEL_UNCOMPRESSED}"], durable=False,
             )
 
 

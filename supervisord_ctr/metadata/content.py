@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ from supervisord_ctr.metadata.engine import Engine, Row, Transaction
 from supervisord_ctr.metadata.leases import hold_resource, release_resource
 from supervisord_ctr.model import ContentInfo, IngestStatus
 from supervisord_ctr.names import LABEL_SHAREABLE, check_digest
+
+log = logging.getLogger(__name__)
 
 #: An ingest that no lease protects is given up after so many seconds.
 INGEST_LIFE = 24 * 3600.0
@@ -232,14 +235,17 @@ class ContentWriter:
                     raise FailedPrecondition(
                         f'"{self.ref}" failed size validation: {inner.offset} != {size}', kind="ingest", key=self.ref
                     )
-                try:
-                    length, digest = inner.offset, await run_io(inner.settle, size, expected)
-                except FailedPrecondition as error:
-                    told = error.message.replace(self._backend, self.ref)
-                    raise FailedPrecondition(told, kind="ingest", key=self.ref) from None
+                length, digest = inner.offset, inner.digest()
+                if not inner.settled or expected not in ("", digest):
+                    try:
+                        digest = await run_io(inner.settle, size, expected)
+                    except FailedPrecondition as error:
+                        told = error.message.replace(self._backend, self.ref)
+                        raise FailedPrecondition(told, kind="ingest", key=self.ref) from None
                 async with self._content.digests.hold(digest):
                     try:
-                        await run_io(inner.commit, size, digest)
+                        # Its name is synced with the first durable mutation that comes after (`Engine.before_sync`).
+                        await run_io(inner.commit, size, digest, sync_name=False)
                     except AlreadyExists:
                         pass  # another namespace has it; this one gets its row below
                     fresh = await self._content.settle(self, digest, length, kept, durable)
@@ -279,7 +285,8 @@ class ContentWriter:
         self._closed = True
         if self._inner is not None:
             self._digest = self._digest or self._inner.digest()
-            await self._content.executors.run_io(self._inner.close)
+            if not self._inner.closed:
+                await self._content.executors.run_io(self._inner.close)
 
 
 class Content:
@@ -310,7 +317,9 @@ class Content:
             raise NotFound(f"content {digest}: not found", kind="content", key=digest)
         return _load(row)
 
-    async def update(self, namespace: str, info: ContentInfo, fieldpaths: Sequence[str] = ()) -> ContentInfo:
+    async def update(
+        self, namespace: str, info: ContentInfo, fieldpaths: Sequence[str] = (), *, durable: bool = True
+    ) -> ContentInfo:
         """Change labels or labels.KEY; NotFound; InvalidArgument for other paths."""
         check_digest(info.digest)
 
@@ -330,7 +339,7 @@ class Content:
             )
             return updated
 
-        return await self._engine.write(work)
+        return await self._engine.write(work, durable=durable)
 
     async def walk(self, namespace: str, filter_texts: Sequence[str] = ()) -> list[ContentInfo]:
         """Those that match (fields digest, labels), by digest."""
@@ -443,6 +452,11 @@ class Content:
 
     async def _refuse_existing(self, namespace: str, digest: str, lease: str | None) -> None:
         if self._engine.row("SELECT 1 FROM blobs WHERE namespace = ? AND digest = ?", (namespace, digest)) is None:
+            return
+        try:
+            await self.executors.run_io(self.local.info, digest)
+        except NotFound as error:
+            log.warning("content %s: recorded and not on disk, it is written again: %s", digest, error)
             return
         if lease:
             await self._engine.write(lambda tx: hold_resource(tx, namespace, lease, "content", digest))

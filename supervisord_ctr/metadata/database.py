@@ -101,6 +101,7 @@ class Database:
         A snapshotter that cannot be opened is left out and named in `unavailable`.
         """
         self.engine.on_commit = self._committed
+        self.engine.before_sync = self.content.local.sync_names
         await self.executors.run_io(self.engine.open)
         lost = self.engine.repair is not None and self.engine.repair.lossy
         if lost:

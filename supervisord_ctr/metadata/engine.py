@@ -128,6 +128,8 @@ class Engine:
         self.path = Path(path)
         self.repair: recovery.Repair | None = None
         self.on_commit: Callable[[Sequence[PendingEvent], bool], None] = lambda events, dirty: None
+        #: Called on the writer's thread before mutations become durable: brings to disk what they speak of. `OSError`.
+        self.before_sync: Callable[[], None] = lambda: None
         #: Rows changed by committed mutations since `open`; a state is unchanged while this is.
         self.changes = 0
         self._queue: queue.SimpleQueue[_Mutation[Any] | None] = queue.SimpleQueue()
@@ -195,7 +197,8 @@ class Engine:
             self._readers.clear()
         self._local = threading.local()
         if self._writer is not None:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self.before_sync()
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer.close()
             self._writer = None
@@ -334,6 +337,8 @@ class Engine:
             else:
                 mutation.events, mutation.dirty = transaction.events, transaction.dirty
             connection.execute("RELEASE mutation")
+        if durable:
+            self.before_sync()
         faults.point(BEFORE_COMMIT)
         connection.execute("COMMIT")
         faults.point(AFTER_COMMIT)
@@ -362,8 +367,9 @@ class Engine:
             return
         self._uncheckpointed = 0
         try:
+            self.before_sync()
             self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             log.warning("metadata: checkpoint of %s failed: %s", self.path, error)
 
     def take_copy(self) -> None:

@@ -62,7 +62,8 @@ class Leases:
         self._collect = collect
 
     async def create(
-        self, namespace: str, id: str = "", labels: Mapping[str, str] | None = None  # noqa: A002
+        self, namespace: str, id: str = "", labels: Mapping[str, str] | None = None, *,  # noqa: A002
+        durable: bool = True,
     ) -> Lease:
         """AlreadyExists. An empty id is replaced by a made-up one."""
         chosen = id or f"{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(4)}"
@@ -76,7 +77,7 @@ class Leases:
                 raise AlreadyExists(f'lease "{chosen}": already exists', kind="lease", key=chosen)
             return Lease(chosen, created, kept)
 
-        return await self._engine.write(work)
+        return await self._engine.write(work, durable=durable)
 
     async def get(self, namespace: str, id: str) -> Lease:  # noqa: A002
         """NotFound."""
@@ -85,7 +86,9 @@ class Leases:
             raise NotFound(f'lease "{id}": not found', kind="lease", key=id)
         return Lease(id, row[0], load_map(row[1]))
 
-    async def delete(self, namespace: str, id: str, *, sync: bool = False) -> None:  # noqa: A002
+    async def delete(
+        self, namespace: str, id: str, *, sync: bool = False, durable: bool = True  # noqa: A002
+    ) -> None:
         """NotFound. With `sync`, garbage is collected before it returns."""
 
         def work(tx: Transaction) -> None:
@@ -94,7 +97,7 @@ class Leases:
             tx.execute("DELETE FROM lease_resources WHERE namespace = ? AND lease = ?", (namespace, id))
             tx.dirty = True
 
-        await self._engine.write(work)
+        await self._engine.write(work, durable=durable)
         if sync:
             await self._collect()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from supervisord_ctr import durable
 from supervisord_ctr.content import LocalContent
 from supervisord_ctr.errors import (
     AlreadyExists,
@@ -248,6 +250,33 @@ def test_sweep_keeps_what_is_held_or_named(store: LocalContent) -> None:
     assert sorted(store.sweep_ingests(lambda: {"keep"})) == ["drop", "rubbish"]
     assert sorted(status.ref for status in store.statuses()) == ["held", "keep"]
     held.close()
+
+
+def test_names_of_blobs_are_brought_to_disk_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    broken = [False]
+
+    def sync_folder(path: os.PathLike[str]) -> None:
+        if broken[0]:
+            raise OSError(errno.EIO, "not now")
+        synced.append(Path(path).name)
+
+    monkeypatch.setattr(durable, "sync_folder", sync_folder)
+    store = LocalContent(tmp_path / "content")
+    for number in range(3):
+        with store.writer(f"r{number}") as writer:
+            writer.write(bytes([number]))
+            writer.commit(sync_name=False)
+    assert synced == []
+    broken[0] = True
+    with pytest.raises(OSError, match="not now"):
+        store.sync_names()
+    broken[0] = False
+    store.sync_names()
+    store.sync_names()
+    assert synced == ["sha256"]
+    put(store, b"another")
+    assert synced == ["sha256", "sha256"]
 
 
 def test_32_writers_side_by_side(store: LocalContent) -> None:

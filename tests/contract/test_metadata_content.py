@@ -73,6 +73,17 @@ async def test_write_and_read(subject: Subject) -> None:
     assert subject.stores.topics() == ["/content/create"]
 
 
+async def test_p6_a_blob_that_went_from_the_disk_is_written_again(subject: Subject) -> None:
+    digest = await write(subject.content, "ns", b"lost in a power cut", labels={"kept": "1"})
+    subject.stores.database.content.local.path(digest).unlink()
+    with pytest.raises(NotFound):
+        await read(subject.content, "ns", digest)
+    with pytest.raises(AlreadyExists):
+        await write(subject.content, "ns", b"lost in a power cut", expected=digest, size=19)
+    assert await read(subject.content, "ns", digest) == b"lost in a power cut"
+    assert dict((await subject.content.info("ns", digest)).labels) == {"kept": "1"}
+
+
 async def test_large_blobs_come_in_pieces(subject: Subject) -> None:
     data = bytes(range(256)) * 20_000
     digest = await write(subject.content, "ns", data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -65,6 +66,36 @@ async def test_mutations_that_wait_are_committed_together(path: Path) -> None:
     assert sum(commits) == 50
     assert len(commits) == 1
     engine.close()
+
+
+async def test_what_mutations_speak_of_is_on_disk_before_they_are(path: Path) -> None:
+    engine = Engine(path)
+    engine.open()
+    seen: list[object] = []
+    engine.before_sync = lambda: seen.append(keys_of(path))
+    await engine.write(put("a"), durable=False)
+    assert seen == []
+    await engine.write(put("b"))
+    assert seen == [["a"]]
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "the disk said no")
+
+    engine.before_sync = fail
+    with pytest.raises(Error, match="the disk said no|Input/output"):
+        await engine.write(put("c"))
+    engine.before_sync = lambda: None
+    await engine.write(put("d"))
+    assert keys_of(path) == ["a", "b", "d"]
+    engine.close()
+
+
+def keys_of(path: Path) -> list[str]:
+    connection = sqlite3.connect(path)
+    try:
+        return [row[0] for row in connection.execute("SELECT key FROM facts ORDER BY key")]
+    finally:
+        connection.close()
 
 
 async def test_a_mutation_that_fails_undoes_only_itself(path: Path) -> None:
