@@ -10,10 +10,15 @@ from tests.bench.client import Client
 from tests.bench.waiting import wait_until
 
 
+def _namespaces(*, host_network: bool) -> Any:
+    """What a kubelet says of namespaces, of the pod and of every container in it: processes are not shared."""
+    mode = cri_pb2.NODE if host_network else cri_pb2.POD
+    return cri_pb2.NamespaceOption(network=mode, pid=cri_pb2.CONTAINER, ipc=cri_pb2.POD)
+
+
 def pod_config(name: str, logs: Path, cgroup: str, *, host_network: bool) -> Any:
     """Configuration of one pod."""
-    mode = cri_pb2.NODE if host_network else cri_pb2.POD
-    options = cri_pb2.NamespaceOption(network=mode, pid=cri_pb2.CONTAINER, ipc=cri_pb2.POD)
+    options = _namespaces(host_network=host_network)
     return cri_pb2.PodSandboxConfig(
         metadata=cri_pb2.PodSandboxMetadata(name=name, uid=f"uid-{name}", namespace="bench", attempt=0),
         hostname="" if host_network else name[:63], log_directory=str(logs / name), labels={"app": "bench"},
@@ -22,12 +27,14 @@ def pod_config(name: str, logs: Path, cgroup: str, *, host_network: bool) -> Any
             security_context=cri_pb2.LinuxSandboxSecurityContext(namespace_options=options)))
 
 
-def container_config(name: str, image: str, command: list[str]) -> Any:
+def container_config(name: str, image: str, command: list[str], *, host_network: bool) -> Any:
     """Configuration of one container."""
+    context = cri_pb2.LinuxContainerSecurityContext(namespace_options=_namespaces(host_network=host_network))
     return cri_pb2.ContainerConfig(
         metadata=cri_pb2.ContainerMetadata(name=name, attempt=0), image=cri_pb2.ImageSpec(image=image), command=command,
         log_path=f"{name}.log", labels={"app": "bench"},
-        linux=cri_pb2.LinuxContainerConfig(resources=cri_pb2.LinuxContainerResources(cpu_shares=2, oom_score_adj=1000)))
+        linux=cri_pb2.LinuxContainerConfig(
+            resources=cri_pb2.LinuxContainerResources(cpu_shares=2, oom_score_adj=1000), security_context=context))
 
 
 class Pod:
@@ -35,6 +42,7 @@ class Pod:
 
     def __init__(self, client: Client, name: str, logs: Path, cgroup: str, *, host_network: bool) -> None:
         self._runtime = client.runtime
+        self._host_network = host_network
         (logs / name).mkdir(parents=True, exist_ok=True)
         self.config = pod_config(name, logs, cgroup, host_network=host_network)
         self.id = str(self._runtime.RunPodSandbox(cri_pb2.RunPodSandboxRequest(config=self.config),
@@ -42,8 +50,8 @@ class Pod:
 
     def create(self, name: str, image: str, command: list[str]) -> str:
         """Create a container; its id."""
-        request = cri_pb2.CreateContainerRequest(pod_sandbox_id=self.id, sandbox_config=self.config,
-                                                 config=container_config(name, image, command))
+        config = container_config(name, image, command, host_network=self._host_network)
+        request = cri_pb2.CreateContainerRequest(pod_sandbox_id=self.id, sandbox_config=self.config, config=config)
         return str(self._runtime.CreateContainer(request, timeout=120).container_id)
 
     def start(self, container: str) -> None:
