@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from pctr import services
-from pctr.command import Context, Failed, UsageError, new_id
+from pctr.command import Context, Failed, UsageError, new_id, parse_labels
 from pctr.commands.image import registry_options
 from pctr.image_config import normalise
 from pctr.progress import display
@@ -84,7 +84,8 @@ def edit_object(context: Context) -> None:
             if status:
                 raise Failed(f"{command}: failed; nothing was stored")
         with open(file.name, "rb") as edited:
-            print(services.write_content(client, f"pctr-edit-{new_id()}", iter(lambda: edited.read(1 << 20), b"")))
+            pieces = iter(lambda: edited.read(1 << 20), b"")
+            print(services.write_content(client, f"pctr-edit-{new_id()}", pieces, labels=parse_labels(args.label)))
 
 
 def prune_references(context: Context) -> None:

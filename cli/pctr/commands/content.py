@@ -178,6 +178,7 @@ def _label(context: Context) -> None:
 def _edit_arguments(parser: Arguments) -> None:
     parser.add_argument("--editor", metavar="COMMAND", default="", help="editor (default: $EDITOR, then vi)")
     parser.add_argument("--validate", metavar="COMMAND", default="", help="command that must accept the result")
+    label_option(parser, "label of the copy; without containerd.io/gc.root=… the next collection takes it")
     parser.add_argument("digest", metavar="DIGEST")
 
 
@@ -214,7 +215,8 @@ COMMANDS = (
     Command("abort", "throw away ingests", "pctr content abort my-file", _abort_arguments, _abort),
     Command("rm", "remove blobs", "pctr content rm sha256:…", _remove_arguments, _remove, ("remove", "delete", "del")),
     Command("label", "change a blob's labels", "pctr content label sha256:… team=web", _label_arguments, _label),
-    Command("edit", "store an edited copy of a blob", "pctr content edit sha256:…", _edit_arguments, _edit),
+    Command("edit", "store an edited copy of a blob", "pctr content edit --label containerd.io/gc.root=mine sha256:…",
+            _edit_arguments, _edit),
     Command("prune", "drop references that keep content nobody needs", "pctr content prune --references --dry-run",
             _prune_arguments, _prune),
 )

@@ -96,8 +96,8 @@ def test_a_blob_is_pushed_and_fetched(target: Target, real_registry: RunningRegi
 
 def test_an_edited_copy(target: Target, name: str) -> None:
     first = target.text("content", "ingest", "--label", "containerd.io/gc.root=suite", name, stdin=name.encode()).strip()
-    second = target.text("content", "edit", "--editor", f"sed -i s/{name}/{name}-changed/", "--validate", "grep -q changed",
-                         first).strip()
+    second = target.text("content", "edit", "--label", "containerd.io/gc.root=suite", "--editor",
+                         f"sed -i s/{name}/{name}-changed/", "--validate", "grep -q changed", first).strip()
     assert second == f"sha256:{hashlib.sha256(f'{name}-changed'.encode()).hexdigest()}"
     assert target.pctr("content", "get", second).stdout == f"{name}-changed".encode()
     for words in (("--editor", "false"), ("--editor", "true", "--validate", "false"), ("--editor", "/no/such/editor")):
