@@ -138,7 +138,8 @@ class Client:
     def finish(self, name: str) -> int:
         """Kill what runs, delete task and container; returns the exit status."""
         if self.status(name) != task_pb2.STOPPED:
-            self.kill(name)
+            with contextlib.suppress(grpc.RpcError):  # it may end by itself meanwhile; if it does not, the wait tells
+                self.kill(name)
         self.wait(name)
         status = self.delete(name)
         self.remove(name)

@@ -386,18 +386,19 @@ def test_p2_an_ingest_survives_the_daemon(tmp_path: Path) -> None:
 def test_a_daemon_uses_the_snapshotter_of_another(daemon: DaemonProcess) -> None:
     """As in containerd, the name in the configuration is also what the other side calls it."""
     config = f'[proxy_plugins.native]\ntype = "snapshot"\naddress = "{daemon.address}"\n'
+    kept = {"containerd.io/gc.root": "suite"}
     with running_daemon(config) as second, second.channel() as channel:
         stub: Any = snapshots_pb2_grpc.SnapshotsStub(channel)
 
         def prepare(key: str, parent: str = "") -> Any:
-            request = snapshots_pb2.PrepareSnapshotRequest(snapshotter="native", key=key, parent=parent)
+            request = snapshots_pb2.PrepareSnapshotRequest(snapshotter="native", key=key, parent=parent, labels=kept)
             return stub.Prepare(request, metadata=second.metadata()).mounts[0]
 
         mount = prepare("work")
         assert mount.source.startswith(str(daemon.root))
         (Path(mount.source) / "file").write_text("over there")
         stub.Commit(
-            snapshots_pb2.CommitSnapshotRequest(snapshotter="native", name="layer", key="work"),
+            snapshots_pb2.CommitSnapshotRequest(snapshotter="native", name="layer", key="work", labels=kept),
             metadata=second.metadata(),
         )
         assert (Path(prepare("run", "layer").source) / "file").read_text() == "over there"

@@ -84,8 +84,15 @@ def remove_cgroups(namespace: str) -> None:
                 os.rmdir(folder)
 
 
+#: A test that leaves something unprotected fails at once and not on one slow day.
+EAGER = "[gc]\nmutation_threshold = 1\nschedule_delay = 0.0\ninterval = 0.5\n"
+
+
 class DaemonProcess:
-    """`supervisord-ctr` below a private folder: `base`/{root,state,s.sock,config.toml,daemon.log}."""
+    """`supervisord-ctr` below a private folder: `base`/{root,state,s.sock,config.toml,daemon.log}.
+
+    Unless `config` says something of it, garbage is collected after every change.
+    """
 
     def __init__(self, base: Path, config: str = "", environment: dict[str, str] | None = None) -> None:
         self.base = base
@@ -97,7 +104,7 @@ class DaemonProcess:
         self.environment = environment or {}
         self.process: subprocess.Popen[bytes] | None = None
         self._config = base / "config.toml"
-        self._config.write_text(config)
+        self._config.write_text(config if "[gc]" in config else f"{config}\n{EAGER}")
 
     def command(self) -> list[str]:
         """The command line that `start` runs."""
