@@ -26,9 +26,11 @@ from pathlib import Path
 
 from supervisord_ctr import faults
 from supervisord_ctr.diff.compression import Readable
+from supervisord_ctr.diff.maker import OutOfOrder, Spread
 from supervisord_ctr.diff.remove import remove_tree
 from supervisord_ctr.diff.stream import Applied, LayerStream, Limits, NeedsLower
 from supervisord_ctr.diff.tar import BLOCK, CHAR, DIRECTORY, FIFO, LINK, REGULAR, SYMLINK, Entry, TarReader
+from supervisord_ctr.diff.whiteouts import Listing, Whiteouts
 from supervisord_ctr.errors import InvalidArgument, from_os_error
 from supervisord_ctr.linux import files
 
@@ -41,7 +43,6 @@ _MAX_TIME = (1 << 63) - 1
 _MAX_XATTRS = 1024
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PARENT = os.O_PATH | os.O_DIRECTORY
-_OPAQUE = b".wh..wh..opq"
 
 
 class LayerApplier:
@@ -52,31 +53,37 @@ class LayerApplier:
 
     def apply(
         self, stream: Readable, target: Path | int, *, limits: Limits | None = None, style: str = "plain",
-        userxattr: bool = False, complete: bool = True,
+        userxattr: bool = False, complete: bool = True, spread: Spread = Spread.NEVER,
     ) -> Applied:
         """Inflate `stream` and unpack it into `target` (a path or a directory's descriptor).
 
         `style` "plain" removes what whiteouts name; "overlay" writes overlayfs' own form. With
         `complete=False` lower layers exist that cannot be seen here. InvalidArgument for a hostile,
         damaged or oversized layer, NeedsLower, or the translated `OSError` with the entry's name. What
-        was made stays: the directory is the caller's to discard.
+        was made stays: the directory is the caller's to discard. With `spread` a second process makes
+        small files (`maker`); only for a process with one thread and a umask of 0.
         """
         limits = limits or Limits()
         root = files.open_root(target) if isinstance(target, Path) else os.dup(target)
-        source = LayerStream(stream, limits)
         unpacking = _Unpacking(root, limits, style, userxattr, complete, self._exact_umask)
         try:
-            reader = TarReader(source.next_chunk)
-            unpacking.run(reader)
-            reader.drain()
-            faults.point(APPLIED)
-            return Applied(
-                source.diff_id(), source.size, unpacking.entries, tuple(unpacking.implied),
-                None if unpacking.replaced else (unpacking.disk, unpacking.inodes), tuple(unpacking.notes),
-            )
+            # The fork first: the stream has a thread.
+            if spread != Spread.NEVER and self._exact_umask:
+                unpacking.spread(always=spread == Spread.ALWAYS)
+            source = LayerStream(stream, limits)
+            try:
+                reader = TarReader(source.next_chunk)
+                unpacking.run(reader)
+                reader.drain()
+                faults.point(APPLIED)
+                return Applied(
+                    source.diff_id(), source.size, unpacking.entries, tuple(unpacking.implied),
+                    None if unpacking.replaced else (unpacking.disk, unpacking.inodes), tuple(unpacking.notes),
+                )
+            finally:
+                source.close()
         finally:
-            source.close()
-            unpacking.close()
+            unpacking.end()
             os.close(root)
 
 
@@ -107,6 +114,16 @@ class _Unpacking:
         self._swapped: set[bytes] = set()
         # Everything of this layer; only kept where whiteouts remove files.
         self._made: set[bytes] = set()
+        self._whiteouts = Whiteouts(self._overlay, self._opaque, self._is_made, self._forget)
+        self._others: OutOfOrder | None = None
+
+    def spread(self, *, always: bool) -> None:
+        """Have small files made by a second process where their order does not matter."""
+        with contextlib.closing(Listing(self._root)) as listing:
+            empty = not listing.names
+        if empty:
+            with contextlib.suppress(OSError):  # no more processes, say: then by this one
+                self._others = OutOfOrder(self._root, always=always)
 
     def run(self, reader: TarReader) -> None:
         """Unpack every entry, then set the directories' times."""
@@ -124,7 +141,15 @@ class _Unpacking:
             except OSError as error:
                 error.filename = None
                 raise from_os_error(error, f"layer entry {os.fsdecode(entry.name)!r}") from error
+        if self._others is not None:
+            self._others.maker.flush()
         self._set_times()
+
+    def end(self) -> None:
+        """Let everything go; nothing is made any more then."""
+        if self._others is not None:
+            self._others.maker.close()
+        self.close()
 
     def close(self) -> None:
         """Close the cached descriptors."""
@@ -196,9 +221,13 @@ class _Unpacking:
 
     def _make_parents(self, entry: Entry, head: bytes) -> int:
         """Make a missing parent directory; NeedsLower when a dangling link leads there and lower layers may know."""
-        made: list[str] = []
-        fd = files.make_dirs_in_root(self._root, head, 0o755, made)
-        paths = [os.fsencode(path) for path in made]
+        above = self._others.new_below(head) if self._others is not None else None
+        if above is not None:
+            fd, paths = self._make_new(entry, above, head)
+        else:
+            made: list[str] = []
+            fd = files.make_dirs_in_root(self._root, head, 0o755, made)
+            paths = [os.fsencode(path) for path in made]
         if not self._complete and any(not (head == path or head.startswith(path + b"/")) for path in paths):
             os.close(fd)
             raise NeedsLower(f"layer entry {os.fsdecode(entry.name)!r}: its parent is a link into a lower layer")
@@ -207,11 +236,29 @@ class _Unpacking:
                 with files.opened_in_root(self._root, path, os.O_RDONLY | os.O_DIRECTORY) as directory:
                     os.fchmod(directory, 0o755)
         self.implied += paths
+        if self._others is not None:
+            for path in paths:
+                self._others.made_directory(path)
         self.disk += 4096 * len(paths)
         self.inodes += len(paths)
         if not self._overlay:
             self._made.update(paths)
         return fd
+
+    def _make_new(self, entry: Entry, above: bytes, head: bytes) -> tuple[int, list[bytes]]:
+        """Make the directories of `head` below `above`, where nothing has their names."""
+        fd, path, paths = os.dup(self._parent(entry, above)[0]), above, []
+        try:
+            for part in head[len(above):].lstrip(b"/").split(b"/"):
+                os.mkdir(part, 0o755, dir_fd=fd)
+                inner = os.open(part, _PARENT | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                os.close(fd)
+                fd, path = inner, path + b"/" + part if path else part
+                paths.append(path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, paths
 
     def _forget(self, keep: int) -> None:
         """Empty the cache of parents, but for the descriptor in use."""
@@ -229,16 +276,28 @@ class _Unpacking:
         if not name:
             return  # the root itself: its attributes are the snapshotter's
         head, _, base = name.rpartition(b"/")
-        parent, inherits = self._parent(entry, head)
-        if base[:4] == b".wh.":
-            self._whiteout(entry, parent, head, base)
-            return
-        if not 0 <= entry.uid <= _MAX_ID or not 0 <= entry.gid <= _MAX_ID:
+        kind = entry.type
+        hidden = base[:4] == b".wh."
+        if not hidden and not (0 <= entry.uid <= _MAX_ID and 0 <= entry.gid <= _MAX_ID):
             raise InvalidArgument(
                 f"layer entry {os.fsdecode(entry.name)!r}: owner {entry.uid}:{entry.gid} is outside 0 to {_MAX_ID}",
                 kind="layer",
             )
-        kind = entry.type
+        if self._others is not None:
+            if not self._others.keeps_order(head, name, hidden or kind == LINK):
+                self._in_order()
+            elif kind == REGULAR and not hidden and self._others.takes(entry, head):
+                self._count(entry)
+                self._others.take(entry, head, base, _times(entry), reader)
+                if not self._overlay:
+                    self._made.add(name)
+                return
+        parent, inherits = self._parent(entry, head)
+        if hidden:
+            if self._whiteouts.apply(entry, parent, head, base):
+                self.inodes += 1
+                self.replaced = self.replaced or not self._overlay
+            return
         chown = inherits or (entry.uid, entry.gid) != self._owner
         if kind == REGULAR:
             self._file(entry, reader, parent, base, name, chown)
@@ -257,12 +316,29 @@ class _Unpacking:
         if not self._overlay:
             self._made.add(name)
 
-    def _file(self, entry: Entry, reader: TarReader, parent: int, base: bytes, name: bytes, chown: bool) -> None:
+    def _is_made(self, path: bytes) -> bool:
+        """Whether this layer made `path` or something below it."""
+        below = path + b"/"
+        return path in self._made or any(made.startswith(below) for made in self._made)
+
+    def _in_order(self) -> None:
+        """Make everything here from now on, one entry after another."""
+        others, self._others = self._others, None
+        if others is not None:
+            try:
+                others.maker.flush()
+            finally:
+                others.maker.close()
+
+    def _count(self, entry: Entry) -> None:
         self._size += entry.size
         self.disk += (entry.stored + 4095) & -4096
         self.inodes += 1
         if self._size > self._limits.size:
             raise InvalidArgument(f"layer holds more than {self._limits.size} bytes of files", kind="layer")
+
+    def _file(self, entry: Entry, reader: TarReader, parent: int, base: bytes, name: bytes, chown: bool) -> None:
+        self._count(entry)
         mode = entry.mode & 0o7777
         try:
             fd = os.open(base, _CREATE, mode, dir_fd=parent)
@@ -315,6 +391,8 @@ class _Unpacking:
         if not existed:
             self.disk += 4096
             self.inodes += 1
+            if self._others is not None:
+                self._others.made_directory(name)
         self._directories[name] = _times(entry)
 
     def _link(self, entry: Entry, parent: int, base: bytes, name: bytes) -> None:
@@ -442,7 +520,7 @@ class _Unpacking:
         if len(self.notes) < 20:
             self.notes.append(text[:512])
 
-    # What is in the way, and whiteouts.
+    # What is in the way.
 
     def _clear(self, parent: int, base: bytes, name: bytes, keep: int = -1) -> bool:
         """Remove what has the name `base`; whether that was an overlay whiteout.
@@ -475,68 +553,6 @@ class _Unpacking:
         if self._made:
             self._made = {path for path in self._made if path != name and not path.startswith(below)}
 
-    def _whiteout(self, entry: Entry, parent: int, head: bytes, base: bytes) -> None:
-        """A `.wh.NAME` or opaque marker: it hides lower layers only, never entries of this layer (layer.md)."""
-        if base == _OPAQUE:
-            if self._overlay:
-                os.setxattr(files.at(parent), self._opaque, b"y")
-            else:
-                self._remove_lower_children(parent, head)
-            return
-        if base.startswith(b".wh..wh."):
-            return  # other markers of aufs: nothing that an image holds
-        hidden = base[4:]
-        if hidden in (b"", b".", b".."):
-            raise InvalidArgument(
-                f"layer entry {os.fsdecode(entry.name)!r}: invalid whiteout name", kind="layer"
-            )
-        path = head + b"/" + hidden if head else hidden
-        self.inodes += 1
-        if not self._overlay:
-            self.replaced = True
-            self._remove_lower(parent, hidden, path)
-            return
-        try:
-            os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=parent)
-        except FileExistsError:
-            # Made by this layer, so only the lower one of that name is to be hidden.
-            with contextlib.suppress(NotADirectoryError):
-                fd = os.open(hidden, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-                try:
-                    os.setxattr(files.at(fd), self._opaque, b"y")
-                finally:
-                    os.close(fd)
-
-    def _remove_lower_children(self, directory: int, path: bytes) -> None:
-        with contextlib.closing(_Listing(directory)) as listing:
-            for child in listing.names:
-                self._remove_lower(listing.fd, child, path + b"/" + child if path else child)
-
-    def _remove_lower(self, parent: int, base: bytes, path: bytes) -> None:
-        """Remove `base` unless it, or something below it, belongs to this layer."""
-        below = path + b"/"
-        if path not in self._made and not any(made.startswith(below) for made in self._made):
-            try:
-                status = os.stat(base, dir_fd=parent, follow_symlinks=False)
-            except FileNotFoundError:
-                return
-            if stat.S_ISDIR(status.st_mode):
-                self._forget(parent)
-                remove_tree(parent, base)
-            else:
-                if stat.S_ISLNK(status.st_mode):
-                    self._forget(parent)
-                os.unlink(base, dir_fd=parent)
-            return
-        try:
-            fd = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        try:
-            self._remove_lower_children(fd, path)
-        finally:
-            os.close(fd)
-
     def _set_times(self) -> None:
         """Directories last: every entry made in them moved their times."""
         for name, times in self._directories.items():
@@ -553,17 +569,6 @@ class _Unpacking:
             except OSError as error:
                 error.filename = None
                 raise from_os_error(error, f"layer entry {os.fsdecode(name)!r}") from error
-
-
-class _Listing:
-    """The names in a directory, read through a descriptor of its own."""
-
-    def __init__(self, directory: int) -> None:
-        self.fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-        self.names = [os.fsencode(name) for name in os.listdir(self.fd)]
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 def _times(entry: Entry) -> tuple[int, int]:

@@ -19,11 +19,15 @@ import subprocess
 import sys
 
 from supervisord_ctr.aio import TaskOwner
+from supervisord_ctr.diff.maker import Spread
 from supervisord_ctr.diff.stream import Applied, Limits, NeedsLower
 from supervisord_ctr.errors import Cancelled, Unavailable, from_code
 
 log = logging.getLogger(__name__)
 
+_CORES = len(os.sched_getaffinity(0))
+#: Bytes of a blob from which on a second process pays.
+_SPREAD = 4 << 20
 #: The folder that holds our package: an editable installation finds it by a hook that a worker does not load.
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PROGRAM = (
@@ -63,9 +67,17 @@ class _Worker:
         self._process.send_signal(signal.SIGKILL)
 
     async def wait_gone(self) -> int:
-        """Close the socket and wait for the process's end; returns how it ended."""
+        """Wait for the process's end, and that of a maker that it may have; returns how it ended."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        status = await loop.run_in_executor(None, self._process.wait)
+        # A maker holds the other end of the socket too, and is killed with its parent: a moment later.
+        with contextlib.suppress(ConnectionError):
+            while await loop.sock_recv(self.socket, 128 << 10):
+                pass
         self.socket.close()
-        return await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        return status
 
     def send(self, packet: bytes) -> bool:
         """Send without waiting; False when the worker has too much to read (a later packet says the same)."""
@@ -190,21 +202,31 @@ def _applied(result: dict[str, object]) -> Applied:
 
 
 class UnpackPool:
-    """At most `size` workers, each kept for `idle` seconds after its last job. Belongs to the event loop."""
+    """At most `size` workers, each kept for `idle` seconds after its last job. Belongs to the event loop.
 
-    def __init__(self, size: int | None = None, *, idle: float = 5.0) -> None:
+    Two processes share the work on a large layer while a processor is free; with `always_spread` on every
+    layer, whatever else runs.
+    """
+
+    def __init__(self, size: int | None = None, *, idle: float = 5.0, always_spread: bool = False) -> None:
+        self._always_spread = always_spread
         self.slots = asyncio.Semaphore(size or max(2, min(8, os.cpu_count() or 2)))
         self.owner = TaskOwner("unpack")
         self._idle = idle
         self._free: list[_Worker] = []
 
     def start(
-        self, blob_fd: int, target_fd: int, *, style: str = "plain", userxattr: bool = False, complete: bool = True,
-        limits: Limits | None = None,
+        self, blob_fd: int, target_fd: int, *, size: int = 0, style: str = "plain", userxattr: bool = False,
+        complete: bool = True, limits: Limits | None = None,
     ) -> Job:
-        """Begin to unpack the blob behind `blob_fd` into the directory `target_fd` (both are duplicated)."""
+        """Begin to unpack the blob behind `blob_fd` into the directory `target_fd` (both are duplicated).
+
+        `size` is what the blob will have, as far as that is known.
+        """
+        spread = Spread.IDLE if size >= _SPREAD and _CORES > 1 else Spread.NEVER
         request = json.dumps({
             "style": style, "userxattr": userxattr, "complete": complete,
+            "spread": Spread.ALWAYS if self._always_spread else spread,
             "limits": dataclasses.asdict(limits or Limits()),
         }).encode()
         return Job(self, blob_fd, target_fd, request)
@@ -214,7 +236,9 @@ class UnpackPool:
         complete: bool = True, limits: Limits | None = None,
     ) -> Applied:
         """Unpack a blob that is complete; when cancelled, nothing writes into the target any more."""
-        job = self.start(blob_fd, target_fd, style=style, userxattr=userxattr, complete=complete, limits=limits)
+        job = self.start(
+            blob_fd, target_fd, size=size, style=style, userxattr=userxattr, complete=complete, limits=limits
+        )
         try:
             await job.end(size)
             return await job.result()

@@ -24,6 +24,7 @@ import socket
 import threading
 
 from supervisord_ctr.diff.apply import LayerApplier, Limits, NeedsLower
+from supervisord_ctr.diff.maker import Spread
 from supervisord_ctr.errors import Code, Error
 from supervisord_ctr.linux import processes
 
@@ -123,6 +124,7 @@ def _run(source: GrowingFile, job: dict[str, object], target: int) -> dict[str, 
         applied = LayerApplier(exact_umask=True).apply(
             source, target, limits=Limits(**job["limits"]),  # type: ignore[arg-type]
             style=str(job["style"]), userxattr=bool(job["userxattr"]), complete=bool(job["complete"]),
+            spread=Spread(int(str(job["spread"]))),
         )
     except NeedsLower as error:
         return {"needs_lower": error.message}

@@ -241,8 +241,8 @@ class LayerFollower:
         target = os.open(upper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._job = unpacker.pool.start(
-                fd, target, style="overlay" if self._index else "plain", complete=not self._index,
-                limits=unpacker.limits,
+                fd, target, size=unpacker.layers[self._index].size, style="overlay" if self._index else "plain",
+                complete=not self._index, limits=unpacker.limits,
             )
         finally:
             os.close(target)

@@ -37,9 +37,9 @@ def _direct(data: bytes, target: Path, **options: object) -> Applied:
     return LayerApplier().apply(io.BytesIO(data), target, **options)  # type: ignore[arg-type]
 
 
-def _worker(data: bytes, target: Path, **options: object) -> Applied:
+def _worker(data: bytes, target: Path, *, always_spread: bool = False, **options: object) -> Applied:
     async def run() -> Applied:
-        pool = UnpackPool(1)
+        pool = UnpackPool(1, always_spread=always_spread)
         blob = target.with_name("blob")
         blob.write_bytes(data)
         source, place = os.open(blob, os.O_RDONLY), os.open(target, os.O_PATH | os.O_DIRECTORY)
@@ -53,7 +53,11 @@ def _worker(data: bytes, target: Path, **options: object) -> Applied:
     return asyncio.run(run())
 
 
-@pytest.fixture(params=[_direct, _worker], ids=["direct", "worker"])
+def _two_processes(data: bytes, target: Path, **options: object) -> Applied:
+    return _worker(data, target, always_spread=True, **options)
+
+
+@pytest.fixture(params=[_direct, _worker, _two_processes], ids=["direct", "worker", "two-processes"])
 def apply(request: pytest.FixtureRequest) -> Apply:
     return request.param  # type: ignore[no-any-return]
 
