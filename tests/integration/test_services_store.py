@@ -26,6 +26,9 @@ from supervisord_ctr.api.services.snapshots.v1 import snapshots_pb2, snapshots_p
 from supervisord_ctr.api.types import types_pb2
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
 
+#: Labels of what no lease protects: the collector may come at any time.
+KEPT = {"containerd.io/gc.root": "suite"}
+
 
 def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
@@ -160,11 +163,11 @@ def test_the_protocol_of_writes(daemon: DaemonProcess, channel: grpc.Channel) ->
         lambda: again(request(ref="proto"), request(action=content_pb2.COMMIT, offset=3, total=9))
     ) == grpc.StatusCode.FAILED_PRECONDITION
     answers = again(request(ref="proto"), request(
-        action=content_pb2.COMMIT, offset=3, total=3, expected=sha256(b"new"), labels={"k": "v"}
+        action=content_pb2.COMMIT, offset=3, total=3, expected=sha256(b"new"), labels={"k": "v", **KEPT}
     ))
     assert (answers[1].action, answers[1].offset, answers[1].digest) == (content_pb2.COMMIT, 3, sha256(b"new"))
     info = stub.Info(content_pb2.InfoRequest(digest=sha256(b"new")), metadata=daemon.metadata()).info
-    assert (info.size, dict(info.labels)) == (3, {"k": "v"})
+    assert (info.size, dict(info.labels)) == (3, {"k": "v", **KEPT})
     assert code_of(
         lambda: write(request(action=content_pb2.STAT, ref="other", expected=sha256(b"new")))
     ) == grpc.StatusCode.ALREADY_EXISTS
@@ -296,7 +299,8 @@ def test_p14_events_of_the_stores(daemon: DaemonProcess, channel: grpc.Channel) 
     ))
     stream.initial_metadata()
     snapshots.Prepare(
-        snapshots_pb2.PrepareSnapshotRequest(snapshotter="overlayfs", key="told"), metadata=daemon.metadata()
+        snapshots_pb2.PrepareSnapshotRequest(snapshotter="overlayfs", key="told", labels=KEPT),
+        metadata=daemon.metadata(),
     )
     first = next(stream)
     assert (first.topic, first.event.type_url) == ("/snapshot/prepare", "containerd.events.SnapshotPrepare")
@@ -312,9 +316,17 @@ def test_p14_events_of_the_stores(daemon: DaemonProcess, channel: grpc.Channel) 
     assert code_of(lambda: events.Publish(bad, metadata=daemon.metadata())) == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_the_real_ctr(daemon: DaemonProcess) -> None:
+@pytest.fixture
+def patient() -> Iterator[DaemonProcess]:
+    """A daemon for clients that leave a moment between making something and protecting it."""
+    with running_daemon("[gc]\ninterval = 0\nmutation_threshold = 0\n") as made:
+        yield made
+
+
+def test_the_real_ctr(patient: DaemonProcess) -> None:
     if shutil.which("ctr") is None:
         pytest.fail("ctr is not installed (Debian: containerd)")
+    daemon = patient
     namespace = f"{daemon.namespace}-ctr"
 
     def ctr(*arguments: str, data: bytes = b"") -> str:
@@ -383,22 +395,22 @@ def test_p2_an_ingest_survives_the_daemon(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_daemon_uses_the_snapshotter_of_another(daemon: DaemonProcess) -> None:
+def test_a_daemon_uses_the_snapshotter_of_another(patient: DaemonProcess) -> None:
     """As in containerd, the name in the configuration is also what the other side calls it."""
+    daemon = patient
     config = f'[proxy_plugins.native]\ntype = "snapshot"\naddress = "{daemon.address}"\n'
-    kept = {"containerd.io/gc.root": "suite"}
     with running_daemon(config) as second, second.channel() as channel:
         stub: Any = snapshots_pb2_grpc.SnapshotsStub(channel)
 
         def prepare(key: str, parent: str = "") -> Any:
-            request = snapshots_pb2.PrepareSnapshotRequest(snapshotter="native", key=key, parent=parent, labels=kept)
+            request = snapshots_pb2.PrepareSnapshotRequest(snapshotter="native", key=key, parent=parent, labels=KEPT)
             return stub.Prepare(request, metadata=second.metadata()).mounts[0]
 
         mount = prepare("work")
         assert mount.source.startswith(str(daemon.root))
         (Path(mount.source) / "file").write_text("over there")
         stub.Commit(
-            snapshots_pb2.CommitSnapshotRequest(snapshotter="native", name="layer", key="work", labels=kept),
+            snapshots_pb2.CommitSnapshotRequest(snapshotter="native", name="layer", key="work", labels=KEPT),
             metadata=second.metadata(),
         )
         assert (Path(prepare("run", "layer").source) / "file").read_text() == "over there"

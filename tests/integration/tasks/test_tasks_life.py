@@ -17,6 +17,7 @@ import pytest
 from supervisord_ctr.api.cgroups.v1 import metrics_pb2
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.services.containers.v1 import containers_pb2
+from supervisord_ctr.api.services.leases.v1 import leases_pb2, leases_pb2_grpc
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2
@@ -235,6 +236,10 @@ def test_another_oci_runtime_by_options(daemon: DaemonProcess, root: Path) -> No
 
 def test_a_task_is_restored_from_a_checkpoint_that_is_content(daemon: DaemonProcess, root: Path) -> None:
     client = Client(daemon, root)
+    # Until somebody refers to it, a checkpoint is content that nothing but a lease protects.
+    leases = leases_pb2_grpc.LeasesStub(client.channel)
+    client.call(leases.Create, leases_pb2.CreateRequest(id="checkpointed"))
+    client.metadata = daemon.metadata(lease="checkpointed")
     try:
         player.write(client.output / "player")
         options = options_pb2.Options(binary_name=str(client.output / "player"))
@@ -260,6 +265,7 @@ def test_a_task_is_restored_from_a_checkpoint_that_is_content(daemon: DaemonProc
         client.finish(name)
         assert list((daemon.state / "checkpoints").iterdir()) == []
     finally:
+        client.call(leases.Delete, leases_pb2.DeleteRequest(id="checkpointed"))
         client.close()
 
 
