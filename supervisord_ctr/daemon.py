@@ -160,7 +160,7 @@ class Daemon:
                             executors, gc=gc_options(settings),
                             isolated=settings.content.sharing_policy == "isolated")
         stack.push_async_callback(database.close)
-        zygote = Zygote()
+        zygote = Zygote(page_merging=settings.runtime.shim_page_merging)
         stack.push_async_callback(zygote.close)
         await asyncio.gather(database.open(), zygote.start())
         mounts = MountManager(state / "mounts", database, executors, roots=(root,))

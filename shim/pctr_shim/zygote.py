@@ -390,7 +390,10 @@ def _redirect(log_path: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run on the descriptor given as the first argument; a second one only makes room for a title of the forks."""
+    """Run on the descriptor given as the first argument; the second only makes room for a title of the forks.
+
+    The word `merge` behind them offers the memory of the zygote and its forks to ksmd.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     number = int(arguments[0])
     os.closerange(3, number)  # what else was inherited must not reach a container (S3)
@@ -401,6 +404,8 @@ def main(arguments: list[str]) -> int:
     _greet(connection)
     serve.prepare()
     kept = warm.warm_up()
+    if "merge" in arguments[2:]:
+        heap.offer_pages()
     loop = serve.Loop()
     loop.run_until_complete(_live(connection, loop))
     del kept

@@ -52,11 +52,15 @@ class Remains:
 
 
 class Zygote:
-    """One zygote at a time. `start` returns when it runs; `close` ends it, shims live on."""
+    """One zygote at a time. `start` returns when it runs; `close` ends it, shims live on.
+
+    With `page_merging` its memory and that of its forks is offered to ksmd.
+    """
 
     def __init__(self, *, command: Sequence[str] = (sys.executable, "-I", "-m", "pctr_shim.zygote"),
-                 env: Mapping[str, str] | None = None) -> None:
+                 env: Mapping[str, str] | None = None, page_merging: bool = False) -> None:
         self._command = tuple(command)
+        self._options = ("merge",) if page_merging else ()
         self._env = env
         self._owner = TaskOwner("zygote")
         self._ready = asyncio.Event()
@@ -162,8 +166,8 @@ class Zygote:
             ours.setblocking(False)
             env = {**os.environ, **(self._env or {})}
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, str(theirs.fileno()), _ROOM, stdin=DEVNULL, pass_fds=(theirs.fileno(),), env=env,
-                start_new_session=True, umask=0o022,
+                *self._command, str(theirs.fileno()), _ROOM, *self._options, stdin=DEVNULL,
+                pass_fds=(theirs.fileno(),), env=env, start_new_session=True, umask=0o022,
             )
         except BaseException:
             ours.close()

@@ -15,7 +15,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "pods": ("pods through CRI (milliseconds)", (
         "RunPodSandbox", "CreateContainer", "StartContainer", "StopContainer", "StopPodSandbox", "RemovePodSandbox")),
     "memory": ("proportional memory (MiB)", (
-        "memory of a shim", "memory of the daemon at rest", "memory of the daemon, 100 containers")),
+        "memory of a shim", "memory of a shim where ksmd runs", "memory of the daemon at rest", "memory of the daemon, 100 containers")),
 }
 
 

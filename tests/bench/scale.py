@@ -14,7 +14,7 @@ from pathlib import Path
 from supervisord_ctr.api.cri.v1 import cri_pb2
 from supervisord_ctr.api.services.containers.v1 import containers_pb2
 from supervisord_ctr.api.services.content.v1 import content_pb2
-from tests.bench import processes
+from tests.bench import merging, processes
 from tests.bench.client import meta
 from tests.bench.measure import Case, Row, Session, Values, timed
 from tests.bench.pods import Pod, remove_all
@@ -135,6 +135,21 @@ class Density(Case):
         subject.client.purge(DENSE)
 
 
+class MergedDensity(Density):
+    """The same where the kernel merges equal pages of memory that is offered to it."""
+
+    name = "density-merged"
+    text = f"proportional memory of a shim, {Density.count} of them, once ksmd has merged what is offered to it"
+    rows = (Row("memory of a shim where ksmd runs", "MiB", 0.3),)
+    most_rounds = 1
+
+    def measure(self, session: Session, subject: Subject) -> Values:
+        # Asked before: a shim that answers writes to pages, which are then its own until ksmd comes by again.
+        shims = subject.shims(subject.client.task_pids(DENSE))
+        with merging.merged():
+            return {self.rows[0].name: processes.proportional_memory(shims) / self.count}
+
+
 class Start(Case):
     """A daemon that starts with a thousand containers on record."""
 
@@ -207,4 +222,4 @@ class ContentWrite(Case):
 
 def cases() -> list[Case]:
     """All of this module, in an order in which each finds what the one before left."""
-    return [ContentWrite(), Density(), Lists(10, last=False), Lists(100, last=False), Lists(1000, last=True), Start()]
+    return [ContentWrite(), Density(), MergedDensity(), Lists(10, last=False), Lists(100, last=False), Lists(1000, last=True), Start()]

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types.task import task_pb2
 from tests.integration.tasks_support import TIMEOUT, Client, shim_pid
-from tests.support.daemon import DaemonProcess, wait_until
+from tests.support.daemon import DaemonProcess, running_daemon, wait_until
 
 TASKS = int(os.environ.get("PCTR_TEST_TASKS", "10"))
 EXECS = int(os.environ.get("PCTR_TEST_EXECS", "60"))
@@ -92,6 +94,21 @@ def test_p13_p17_tasks_at_once_end_as_they_should_and_shims_stay_small(daemon: D
     wait_until(lambda: now()[0] <= before[0] + READERS and now()[1] <= before[1] + 1,
                f"descriptors of daemon and zygote are back to {before}", TIMEOUT)
     print(f"descriptors of daemon and zygote: {before} before, {now()} after")
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/ksm/run"), reason="the kernel has no ksm")
+@pytest.mark.parametrize(("config", "offered"), [("", True), ("[runtime]\nshim_page_merging = false\n", False)])
+def test_the_memory_of_shims_is_offered_for_merging_unless_told_not_to(root: Path, config: str, offered: bool) -> None:
+    with running_daemon(config) as second:
+        client = Client(second, root)
+        name = client.run("sleep", "1000000")
+        smaps = Path(f"/proc/{shim_pid(client, name)}/smaps").read_text()
+        task = client.process(name).pid
+        assert any(line.startswith("VmFlags:") and " mg" in line for line in smaps.splitlines()) is offered
+        # What runs in the container is no business of ours.
+        assert " mg" not in Path(f"/proc/{task}/smaps").read_text()
+        client.finish(name)
+        client.close()
 
 
 def test_s9_execs_at_once_all_succeed_and_nothing_grows(daemon: DaemonProcess, client: Client) -> None:

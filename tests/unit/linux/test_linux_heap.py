@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 _BURST = """
 import ctypes
@@ -35,6 +38,34 @@ print("done")
 def test_the_memory_of_a_burst_is_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", _BURST], capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+_MERGE = """
+import os
+from supervisord_ctr.linux import heap
+
+def flagged():
+    with open("/proc/self/smaps") as file:
+        return sum(" mg" in line for line in file if line.startswith("VmFlags:"))
+
+assert flagged() == 0
+offered = heap.offer_pages()
+print(offered, flagged())
+child = os.fork()
+if not child:
+    os._exit(0 if flagged() else 7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/ksm/run"), reason="the kernel has no ksm")
+def test_pages_are_offered_for_merging_and_those_of_forks_too() -> None:
+    done = subprocess.run([sys.executable, "-c", _MERGE], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    offered, flagged, child = (int(word) for word in done.stdout.split())
+    assert offered > 1 << 20
+    assert flagged > 3
+    assert child == 0
 
 
 _TEXT = """
