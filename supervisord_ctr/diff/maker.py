@@ -137,6 +137,7 @@ class FileMaker:
         except BaseException:
             for end in ends:
                 os.close(end)
+            self._load.close()
             raise
         if not self._pid:
             _main(root, ends[0], ends[3], (ends[1], ends[2]))
