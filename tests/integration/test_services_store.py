@@ -319,7 +319,8 @@ def test_p14_events_of_the_stores(daemon: DaemonProcess, channel: grpc.Channel) 
 @pytest.fixture
 def patient() -> Iterator[DaemonProcess]:
     """A daemon for clients that leave a moment between making something and protecting it."""
-    with running_daemon("[gc]\ninterval = 0\nmutation_threshold = 0\n") as made:
+    never = "[gc]\ninterval = 0\nstartup_delay = 3600\nmutation_threshold = 0\ndeletion_threshold = 1000000\n"
+    with running_daemon(never) as made:
         yield made
 
 
