@@ -45,9 +45,10 @@ def base(client: Client) -> types_pb2.Mount:
 
 def test_a_root_on_a_disk_of_its_own_keeps_what_was_written(client: Client, daemon: DaemonProcess) -> None:
     mounts = [base(client), disk(daemon, "own"), *overlay(client)]
-    first = client.container(["sh", "-c", "echo kept > /tmp/file; sleep 1000"], root={"path": "rootfs"})
+    first = client.container(["sh", "-c", "echo kept > /tmp/file; echo written; sleep 1000"], root={"path": "rootfs"})
     client.create(first, rootfs=mounts)
     client.start(first)
+    client.wait_text(first, "written\n")
     found = info(client, first)
     assert (len(found.active), [mount.type for mount in found.system]) == (2, ["overlay"])
     assert dict(found.labels) == {"containerd.io/gc.bref.container": first}
