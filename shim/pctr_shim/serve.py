@@ -27,7 +27,7 @@ from pctr_shim.publisher import Publisher
 from pctr_shim.reaper import Reaper
 from pctr_shim.service import SERVICES, TaskService
 from pctr_shim.signals import Signals
-from supervisord_ctr.linux import heap, processes
+from supervisord_ctr.linux import processes
 from supervisord_ctr.ttrpc.server import Server
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,6 @@ def prepare() -> None:
 def run(config: ShimConfig, listener: socket.socket) -> None:
     """Be a shim on a loop of its own. Never returns an error: it logs it."""
     prepare()
-    heap.offer_pages()
     loop = Loop()
     try:
         loop.run_until_complete(_run(loop, config, listener))
