@@ -186,6 +186,7 @@ class Daemon:
             retries=settings.registry.retries, sync=settings.snapshots.sync,
         )
         stack.push_async_callback(puller.close)
+        await puller.leases.recover()
         streams = Streams()
         pusher = Pusher(database, executors, http, hosts, chunk=settings.registry.push_chunk_size)
         transfer = TransferService(database, puller, pusher, streams)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import secrets
-import time
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,16 +28,16 @@ from supervisord_ctr.images.config import ImageConfig, parse_config, read_manife
 from supervisord_ctr.images.fetch import BlobFetcher
 from supervisord_ctr.images.hosts import HostsConfig
 from supervisord_ctr.images.http import Http
+from supervisord_ctr.images.leases import PullLeases
 from supervisord_ctr.images.progress import EXISTS, Progress, ProgressSink, Tracker
 from supervisord_ctr.images.registry import Registry
 from supervisord_ctr.images.unpack import ImageUnpacker, LayerFollower
 from supervisord_ctr.model import Descriptor, Image, LeaseResource, Platform
-from supervisord_ctr.names import LABEL_DISTRIBUTION_SOURCE, LABEL_GC_EXPIRE, LABEL_GC_REF_SNAPSHOT
+from supervisord_ctr.names import LABEL_DISTRIBUTION_SOURCE, LABEL_GC_REF_SNAPSHOT
 
 if TYPE_CHECKING:
     from supervisord_ctr.metadata import Database
 
-_LEASE_LIFE = 24 * 3600.0
 _INDEX_DEPTH = 8
 
 
@@ -113,6 +111,7 @@ class Puller:
         self._max_downloads = max_downloads
         self._limits = limits
         self._sync = sync
+        self.leases = PullLeases(database)
         self._owner = TaskOwner("pull")
         self._running: dict[Hashable, RunningPull] = {}
         self._blobs = KeyedLock()
@@ -175,36 +174,14 @@ class Puller:
         self, running: RunningPull, parsed: reference.Reference, request: PullRequest, key: Hashable
     ) -> Image:
         try:
-            async with self.lease(running.namespace, request.lease) as lease:
-                return await _Pull(self, running, parsed, request, lease).run()
-        except BaseExceptionGroup as group:
-            raise first_error(group) from None
+            async with self.leases.hold(running.namespace, request.lease, parsed.canonical()) as lease:
+                try:
+                    return await _Pull(self, running, parsed, request, lease).run()
+                except BaseExceptionGroup as group:
+                    raise first_error(group) from None
         finally:
             if self._running.get(key) is running:
                 del self._running[key]
-
-    @contextlib.asynccontextmanager
-    async def lease(self, namespace: str, given: str = "") -> AsyncIterator[str]:
-        """The lease `given`, or one of our own for the length of the block, which expires should we die."""
-        if given:
-            yield given
-            return
-        name = f"{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)}"
-        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _LEASE_LIFE))
-        failed = True
-        try:
-            # Inside: a caller that is cancelled now has asked for the lease, and the release comes after it.
-            # Not synced, and nor is its end: what it protects comes after it in the log, and it expires by itself.
-            await self.database.leases.create(namespace, name, {LABEL_GC_EXPIRE: expires}, durable=False)
-            yield name
-            failed = False
-        finally:
-            await asyncio.shield(self._release(namespace, name, failed))
-
-    async def _release(self, namespace: str, name: str, failed: bool) -> None:
-        """Give the lease up. After a failure what it protected goes at once; unfinished downloads stay (P2)."""
-        with contextlib.suppress(NotFound):
-            await self.database.leases.delete(namespace, name, sync=failed, durable=False)
 
     def slots(self) -> asyncio.Semaphore:
         """How many layers of one pull download side by side."""
@@ -225,7 +202,7 @@ class Puller:
     ) -> ImageConfig:
         """Unpack an image whose content is here; nothing to do is fine. NotFound when content is missing."""
         _, found = await read_manifest(self.database, namespace, image.target, platform)
-        async with self.lease(namespace, lease) as name:
+        async with self.leases.hold(namespace, lease) as name:
             data = await self.database.content.read(namespace, found.config.digest, documents.MAX_CONFIG)
             config = parse_config(data, f"config {found.config.digest}")
             unpacker = self.unpacker(

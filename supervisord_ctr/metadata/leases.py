@@ -33,6 +33,13 @@ def release_resource(tx: Transaction, namespace: str, lease: str | None, type: s
         )
 
 
+def _delete(tx: Transaction, namespace: str, lease: str) -> bool:
+    """Delete a lease with what it holds; whether it was there."""
+    found = tx.execute("DELETE FROM leases WHERE namespace = ? AND id = ?", (namespace, lease))
+    tx.execute("DELETE FROM lease_resources WHERE namespace = ? AND lease = ?", (namespace, lease))
+    return bool(found)
+
+
 def hold_image(tx: Transaction, namespace: str, lease: str | None, image: Image) -> None:
     """Images are roots by themselves; only one that expires needs the lease."""
     if LABEL_GC_EXPIRE in image.labels:
@@ -87,14 +94,43 @@ class Leases:
         return Lease(id, row[0], load_map(row[1]))
 
     async def delete(
-        self, namespace: str, id: str, *, sync: bool = False, durable: bool = True  # noqa: A002
+        self, namespace: str, id: str, *, also: str = "", sync: bool = False, durable: bool = True  # noqa: A002
     ) -> None:
-        """NotFound. With `sync`, garbage is collected before it returns."""
+        """NotFound. `also` is another that goes with it if it is there. With `sync`, garbage is collected first."""
 
         def work(tx: Transaction) -> None:
-            if not tx.execute("DELETE FROM leases WHERE namespace = ? AND id = ?", (namespace, id)):
+            if not _delete(tx, namespace, id):
                 raise NotFound(f'lease "{id}": not found', kind="lease", key=id)
-            tx.execute("DELETE FROM lease_resources WHERE namespace = ? AND lease = ?", (namespace, id))
+            if also:
+                _delete(tx, namespace, also)
+            tx.dirty = True
+
+        await self._engine.write(work, durable=durable)
+        if sync:
+            await self._collect()
+
+    async def reduce(
+        self, namespace: str, id: str, into: str, type: str, labels: Mapping[str, str], *,  # noqa: A002
+        sync: bool = False, durable: bool = True,
+    ) -> None:
+        """Replace lease `id` by `into`, which protects only what is of `type`, beside what it protected before.
+
+        There is no `into` in the end when that is nothing. NotFound. With `sync`, garbage is collected first.
+        """
+
+        def work(tx: Transaction) -> None:
+            self._require(tx, namespace, id)
+            tx.execute(
+                "INSERT OR IGNORE INTO lease_resources SELECT namespace, ?, type, id FROM lease_resources "
+                "WHERE namespace = ? AND lease = ? AND type = ?", (into, namespace, id, type),
+            )
+            _delete(tx, namespace, id)
+            held = ("SELECT 1 FROM lease_resources WHERE namespace = ? AND lease = ? LIMIT 1", (namespace, into))
+            if tx.row(*held) is not None:
+                tx.execute(
+                    "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)",
+                    (namespace, into, time.time(), dump_map(labels)),
+                )
             tx.dirty = True
 
         await self._engine.write(work, durable=durable)

@@ -207,7 +207,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         reader = ByteReader(self._streams.get(namespace, source.stream))
         wanted = tuple(map(_platform, target.platforms))
         tell(Progress("Importing"))
-        async with self._puller.lease(namespace, lease) as held:
+        async with self._puller.leases.hold(namespace, lease) as held:
             found = await archive_import.import_archive(
                 self._database, namespace, reader.read, lease=held,
                 compress=source.force_compress, platforms=wanted,

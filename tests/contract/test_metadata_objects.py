@@ -259,6 +259,30 @@ async def test_leases(subject: Subject) -> None:
         await subject.leases.delete("ns", "one")
 
 
+async def test_p2_a_lease_gives_way_to_one_that_holds_less(tmp_path: Path) -> None:
+    async with open_stores(tmp_path / "stores") as stores:
+        leases = stores.database.leases
+        blob, other = (LeaseResource("content", f"sha256:{digit * 64}") for digit in "ab")
+        await leases.create("ns", "one", {"a": "1"})
+        await leases.add_resource("ns", "one", LeaseResource("snapshots/overlayfs", "s"))
+        await leases.reduce("ns", "one", "left", "content", {"b": "2"})
+        assert await leases.list("ns") == [], "nothing was left to protect"
+        for held in (blob, other):
+            await leases.create("ns", "one", {"a": "1"})
+            for resource in (held, LeaseResource("snapshots/overlayfs", "s"), LeaseResource("ingests", "i")):
+                await leases.add_resource("ns", "one", resource)
+            await leases.reduce("ns", "one", "left", "content", {"b": "2"})
+        assert [(lease.id, lease.labels) for lease in await leases.list("ns")] == [("left", {"b": "2"})]
+        assert await leases.list_resources("ns", "left") == [blob, other]
+        with pytest.raises(NotFound):
+            await leases.reduce("ns", "one", "left", "content", {})
+        await leases.create("ns", "two")
+        await leases.delete("ns", "two", also="left")
+        await leases.create("ns", "two")
+        await leases.delete("ns", "two", also="left")
+        assert await leases.list("ns") == []
+
+
 async def test_lease_resources(subject: Subject) -> None:
     leases = subject.leases
     await leases.create("ns", "one")

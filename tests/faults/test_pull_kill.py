@@ -13,13 +13,14 @@ from google.protobuf.message import Message
 
 from supervisord_ctr.api.services.content.v1 import content_pb2, content_pb2_grpc
 from supervisord_ctr.api.services.images.v1 import images_pb2, images_pb2_grpc
+from supervisord_ctr.api.services.leases.v1 import leases_pb2, leases_pb2_grpc
 from supervisord_ctr.api.services.snapshots.v1 import snapshots_pb2, snapshots_pb2_grpc
 from supervisord_ctr.api.services.transfer.v1 import transfer_pb2, transfer_pb2_grpc
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.transfer import transfer_pb2 as types
 from supervisord_ctr.images.config import chain_ids
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
-from tests.support.fake_registry import FakeRegistry, fake_registry
+from tests.support.fake_registry import FakeRegistry, Handler, Seen, fake_registry
 from tests.support.images import ARCHITECTURE, BuiltImage, build, digest_of, file, folder, layer
 
 TARS = [
@@ -95,13 +96,12 @@ def test_a_killed_daemon_s_pull_is_done_again(registry: FakeRegistry, point: str
         if died:
             wait_until(lambda: daemon.process is not None and daemon.process.poll() is not None, "the daemon died")
             daemon.start()
+            wait_until(lambda: not found(daemon)[2], "the killed pull's snapshots go")
         pull(daemon, name)
-        # What the killed pull's lease still protects goes when that lease expires; nothing else may be there.
-        images, blobs, snapshots = found(daemon)
-        want = expected(image, name)
-        assert (images, blobs) == want[:2]
-        assert want[2] <= snapshots
-        assert all(extra.startswith("extract-") for extra in snapshots - want[2])
+        assert found(daemon) == expected(image, name)
+        with daemon.channel() as channel:
+            leases = leases_pb2_grpc.LeasesStub(channel).List(leases_pb2.ListRequest(), metadata=daemon.metadata())
+        assert list(leases.leases) == []
 
 
 def _known(point: str) -> bool:
@@ -123,6 +123,29 @@ def test_a_worker_that_dies_fails_the_pull_and_leaves_nothing(registry: FakeRegi
         daemon.restart()
         pull(daemon, name)
         assert found(daemon)[0] == {name}
+
+
+def test_p2_a_restart_keeps_the_blobs_that_had_arrived(registry: FakeRegistry) -> None:
+    image = build([layer(file("base", os.urandom(1000))), layer(file("top", os.urandom(1000)))])
+    name = registry.add("app", "v1", image)
+    whole, last = image.layers
+    # Index, manifest and config are the first three, `whole` is the fourth.
+    with running_daemon(environment={"PCTR_FAULTS": "content.commit.renamed=kill@5"}) as daemon:
+
+        def hold(handler: Handler, seen: Seen) -> bool:
+            if seen.path.endswith(last) and daemon.environment:
+                wait_until(lambda: whole in found(daemon)[1], "the other layer is in the store")
+            return False
+
+        registry.rules.append(hold)
+        with pytest.raises(grpc.RpcError):
+            pull(daemon, name)
+        wait_until(lambda: daemon.process is not None and daemon.process.poll() is not None, "the daemon died")
+        daemon.environment.clear()
+        daemon.start()
+        pull(daemon, name)
+        assert found(daemon)[0] == {name}
+    assert (len(registry.requests(whole)), len(registry.requests(last))) == (1, 2)
 
 
 def test_p2_a_restart_resumes_where_the_daemon_died(registry: FakeRegistry, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from supervisord_ctr.errors import (
+    FailedPrecondition,
     NotFound,
     ResourceExhausted,
     Unauthenticated,
@@ -20,6 +22,8 @@ from supervisord_ctr.errors import (
 from supervisord_ctr.images.auth import Credential, Static
 from supervisord_ctr.images.config import read_config
 from supervisord_ctr.images.http import Timeouts
+from supervisord_ctr.images.leases import leftover_id
+from supervisord_ctr.images.progress import COMPLETE
 from tests.support.fake_registry import (
     FakeRegistry,
     Handler,
@@ -190,6 +194,54 @@ async def test_p2_what_arrived_survives_a_failed_pull(pulling: Pulling, registry
     assert [seen.headers.get("range") for seen in registry.requests(digest)[before:]] == [f"bytes={1 << 20}-"]
 
 
+async def test_p2_blobs_that_arrived_whole_survive_a_failed_pull(pulling: Pulling, registry: FakeRegistry) -> None:
+    made = build([layer(file("base", os.urandom(1000))), layer(file("top", os.urandom(1000)))])
+    whole, broken = made.layers
+    refusing = threading.Event()
+    refusing.set()
+
+    def fail(handler: Handler, seen: Seen) -> bool:
+        if not refusing.is_set() or not seen.path.endswith(broken):
+            return False
+        while not any(at.event == COMPLETE and at.descriptor and at.descriptor.digest == whole for at in pulling.progress):
+            time.sleep(0.01)
+        handler.answer(500, b"{}")
+        return True
+
+    registry.rules.append(fail)
+    name = registry.add("app", "v1", made)
+    with pytest.raises(Unavailable, match="500"):
+        await pulling.pull(name)
+    await pulling.database.gc.collect()
+    left = await pulling.left()
+    assert (left["images"], left["snapshots"]) == ([], [])
+    assert left["leases"] == [leftover_id(name)]
+    assert {info.digest for info in await pulling.database.content.walk(NAMESPACE)} >= {whole, made.target}
+    refusing.clear()
+    before = len(registry.requests(whole))
+    await pulling.pull(name)
+    assert len(registry.requests(whole)) == before, "a layer that was here was fetched again"
+    assert (await pulling.left())["leases"] == [], "what protected the rest of the failed pull stays"
+
+
+async def test_p5_an_image_that_is_refused_later_leaves_nothing(pulling: Pulling, registry: FakeRegistry) -> None:
+    made = build([layer(file("base", os.urandom(1000))), layer(file("top", os.urandom(1000)))])
+    name = registry.add("app", "v1", made)
+
+    def fail(handler: Handler, seen: Seen) -> bool:
+        if seen.path.endswith(made.layers[1]):
+            handler.answer(500, b"{}")
+            return True
+        return False
+
+    registry.rules.append(fail)
+    with pytest.raises(Unavailable):
+        await pulling.pull(name)
+    registry.rules.clear()
+    registry.blobs[made.layers[1]] = registry.blobs[made.layers[1]][::-1]
+    await refused(pulling, name, FailedPrecondition, "unexpected digest")
+
+
 async def test_p2_retry_after_is_honoured(pulling: Pulling, registry: FakeRegistry) -> None:
     made = small_image()
     busy = iter([True])
@@ -320,12 +372,14 @@ async def test_a_pull_that_nobody_waits_for_ends(pulling: Pulling, registry: Fak
         return True
 
     registry.rules.append(hold)
-    pull = asyncio.ensure_future(pulling.pull(registry.add("app", "v1", made)))
+    name = registry.add("app", "v1", made)
+    pull = asyncio.ensure_future(pulling.pull(name))
     while not registry.requests(made.layers[0]):
         await asyncio.sleep(0.01)
     pull.cancel()
     with pytest.raises(asyncio.CancelledError):
         await pull
-    while any((await pulling.left()).values()):
+    kept = {"images": [], "snapshots": [], "leases": [leftover_id(name)]}
+    while await pulling.left() != kept:
         await asyncio.sleep(0.01)
     assert pulling.puller.running() == []
