@@ -312,9 +312,14 @@ def _target(core: Core, pod: Pod, target_id: str) -> int:
 async def _store(core: Core, pod: Pod, container: Container, image: ImageRecord, spec: SpecBuilder) -> None:
     """The container as the native face shows it."""
     data = spec.to_json()
+    owner = (0, 0)
+    options = container.config.linux.security_context.namespace_options
+    if options.HasField("userns_options"):
+        # Nobody in the namespace could open /dev/stdout otherwise: its pipe would belong to an unknown user.
+        owner = user_namespaces.outside(options, container.uid, container.gid)
     await core.database.containers.create(CRI_NAMESPACE, StoredContainer(
         id=container.id, labels=_labels(container.config, image.config.labels), image=container.image_name,
-        runtime=core.runtime(pod.handler), spec=TypedValue(TYPE_URL, data), snapshotter=container.snapshotter,
+        runtime=core.runtime(pod.handler, owner), spec=TypedValue(TYPE_URL, data), snapshotter=container.snapshotter,
         snapshot_key=container.id, sandbox=pod.id,
         extensions={"io.cri-containerd.container.metadata": TypedValue(
             "github.com/containerd/cri/pkg/store/container/Metadata",

@@ -260,11 +260,12 @@ class Core:
         _, found = self.handler(handler)
         return found.systemd_cgroup or self.settings.cri.cgroup_driver == "systemd"
 
-    def runtime(self, handler: str) -> Runtime:
-        """What is stored with a container: the runtime's name and its options."""
+    def runtime(self, handler: str, owner: tuple[int, int] = (0, 0)) -> Runtime:
+        """What is stored with a container: the runtime's name and its options; `owner` gets the standard streams."""
         _, found = self.handler(handler)
         options = options_pb2.Options(
-            binary_name=found.binary, root=found.root, systemd_cgroup=self.systemd_cgroups(handler)
+            binary_name=found.binary, root=found.root, systemd_cgroup=self.systemd_cgroups(handler),
+            io_uid=owner[0], io_gid=owner[1],
         )
         return Runtime(found.type, TypedValue("containerd.runc.v1.Options", options.SerializeToString()))
 

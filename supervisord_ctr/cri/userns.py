@@ -47,3 +47,16 @@ def check_same(pod: pb.NamespaceOption, container: pb.NamespaceOption) -> None:
         raise InvalidArgument(
             "user namespace config for sandbox is different from container", kind="user namespace"
         )
+
+
+def outside(options: pb.NamespaceOption, uid: int, gid: int) -> tuple[int, int]:
+    """Who a user and group of the container are on the host; the same without a user namespace or a mapping."""
+    uids, gids = mappings(options)
+    return _outside(uids, uid), _outside(gids, gid)
+
+
+def _outside(maps: Sequence[IdMap], inside: int) -> int:
+    for entry in maps:
+        if 0 <= inside - entry.inside < entry.count:
+            return entry.outside + inside - entry.inside
+    return inside

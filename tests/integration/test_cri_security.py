@@ -304,6 +304,28 @@ def test_user_namespaces_map_root_to_nobody_outside(cri: Cri) -> None:
     cri.remove_pod(again[0])
 
 
+@pytest.mark.parametrize("user", [0, 1000])
+def test_streams_can_be_opened_in_a_user_namespace(cri: Cri, user: int) -> None:
+    """As servers do whose log files are links to /dev/stdout."""
+    mapping = pb.IDMapping(host_id=1_000_000, container_id=0, length=65536)
+    options = pb.UserNamespace(mode=pb.POD, uids=[mapping], gids=[mapping])
+    config = cri.pod_config()
+    config.linux.security_context.namespace_options.userns_options.CopyFrom(options)
+    made = cri.run_pod(config)
+    script = "echo out >/dev/stdout; echo err >/dev/stderr"
+    wanted = cri.container_config(f"{script}; sleep 600")
+    wanted.linux.security_context.namespace_options.userns_options.CopyFrom(options)
+    wanted.linux.security_context.run_as_user.value = user
+    wanted.log_path = "main.log"
+    container = cri.create(*made, wanted)
+    cri.start(container)
+    answer = cri.exec(container, "sh", "-c", script)
+    assert (answer.stdout, answer.stderr, answer.exit_code) == (b"out\n", b"err\n", 0)
+    wait_until(lambda: len(cri.log(made[1])) == 2, "the container has written")
+    assert sorted(cri.log(made[1])) == [("stderr", "F", "err"), ("stdout", "F", "out")]
+    cri.remove_pod(made[0])
+
+
 def test_p24_volumes_of_a_user_namespace_keep_their_owners(cri: Cri, tmp_path: Path) -> None:
     """Folders, files, image volumes and volumes that the image declares: root inside is root on the disk."""
     image = cri.registry.add("test/declares:1", {"Volumes": {"/data/sub": {}}})
