@@ -112,6 +112,8 @@ def _isolation_options(parser: Arguments) -> None:
                        help="join the namespace at a path")
     group.add_argument("--uidmap", action="append", default=[], metavar="IN:OUT:LENGTH", help="user namespace mapping")
     group.add_argument("--gidmap", action="append", default=[], metavar="IN:OUT:LENGTH", help="group mapping")
+    group.add_argument("--remap-labels", action="store_true",
+                       help="have the snapshotter map the owners of files, whether it says that it can or not")
     group.add_argument("--sysctl", action="append", default=[], metavar="NAME=VALUE", help="kernel parameter")
     group.add_argument("--cgroup", metavar="PATH", help="cgroup path; \"\" for none")
 
@@ -265,7 +267,9 @@ def _isolation(builder: SpecBuilder, args: Any) -> None:
         if not path.startswith("/"):
             raise UsageError(f"namespace {entry!r} is not TYPE:/PATH")
         builder.with_namespace(kind, path)
-    if args.uidmap or args.gidmap:
+    if bool(args.uidmap) != bool(args.gidmap):
+        raise UsageError("--uidmap and --gidmap go together")
+    if args.uidmap:
         mappings = [_mapping(entry) for entry in args.uidmap], [_mapping(entry) for entry in args.gidmap]
         builder.with_user_namespace(*mappings)
     if args.hostname:
@@ -368,12 +372,16 @@ def resolve_user(mounts: list[light.Mount], rootfs: str, user: str) -> User | No
 
 def runtime_options(args: Any) -> light.Any_ | None:
     """containerd.runc.v1.Options when any is set."""
-    if not (args.runc_binary or args.runc_root or args.runc_systemd_cgroup):
+    if not (args.runc_binary or args.runc_root or args.runc_systemd_cgroup or args.uidmap):
         return None
     from supervisord_ctr.api.runc.v1 import options_pb2
 
     options = options_pb2.Options(
-        binary_name=args.runc_binary or "", root=args.runc_root or "", systemd_cgroup=args.runc_systemd_cgroup)
+        binary_name=args.runc_binary or "", root=args.runc_root or "", systemd_cgroup=args.runc_systemd_cgroup,
+        # The pipes belong to root of the user namespace; nobody in there could open /dev/stdout otherwise.
+        io_uid=_mapping(args.uidmap[0])[1] if args.uidmap else 0,
+        io_gid=_mapping(args.gidmap[0])[1] if args.uidmap else 0,
+    )
     return light.Any_(type_url=RUNC_OPTIONS_URL, value=options.SerializeToString())
 
 
@@ -390,15 +398,30 @@ def container_labels(args: Any, image: ImageConfig | None) -> dict[str, str]:
     return labels
 
 
-def _snapshot(client: Client, snapshotter: str, key: str, image: ImageConfig) -> list[light.Mount]:
+def _snapshot(client: Client, snapshotter: str, key: str, image: ImageConfig, args: Any) -> list[light.Mount]:
     parent = unpacked_chain_id(client, image, snapshotter)
     request = light.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent)
     try:
-        return client.unary(SNAPSHOTS + "Prepare", request, light.PrepareSnapshotResponse).mounts
+        return _prepare(client, request, args)
     except errors.NotFound:
         from pctr.unpack import unpack
 
         unpack(client, image.manifest_digest, image.diff_ids, read_json(client, image.manifest_digest), snapshotter)
+        return _prepare(client, request, args)
+
+
+def _prepare(client: Client, request: light.PrepareSnapshotRequest, args: Any) -> list[light.Mount]:
+    with contextlib.ExitStack() as stack:
+        if args.uidmap:
+            from pctr import mapped
+            from pctr.services import Lease
+
+            uids, gids = ([_mapping(entry) for entry in entries] for entries in (args.uidmap, args.gidmap))
+            if args.remap_labels or mapped.can_map(client, request.snapshotter):
+                request.labels = mapped.labels(uids, gids)
+            else:
+                stack.enter_context(Lease(client))
+                request.parent = mapped.mapped_parent(client, request.snapshotter, request.parent, uids, gids)
         return client.unary(SNAPSHOTS + "Prepare", request, light.PrepareSnapshotResponse).mounts
 
 
@@ -447,7 +470,7 @@ def create_container(context: Context, reference: str, container: str, command: 
     mounts: list[light.Mount] = []
     try:
         if image is not None:
-            mounts = _snapshot(client, snapshotter, container, image)
+            mounts = _snapshot(client, snapshotter, container, image, args)
         if not args.config and (found_user := resolve_user(mounts, rootfs, user)) is not None:
             builder.with_user(found_user)
             record.spec = light.Any_(type_url=TYPE_URL, value=builder.to_json(documents.dumps))

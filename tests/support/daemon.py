@@ -208,6 +208,7 @@ def running_daemon(config: str = "", environment: dict[str, str] | None = None, 
     The folder is directly below /tmp: socket paths may hold 107 bytes only.
     """
     base = Path(tempfile.mkdtemp(prefix="pctr-t-", dir="/tmp"))
+    base.chmod(0o711)  # users of user namespaces pass to their root file systems
     daemon = DaemonProcess(base, config, environment)
     try:
         daemon.start()

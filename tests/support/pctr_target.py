@@ -98,6 +98,7 @@ def _answers(address: Path) -> bool:
 def running_containerd() -> Iterator[Target]:
     """Debian's containerd with the overlayfs snapshotter."""
     base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir="/tmp"))
+    base.chmod(0o711)  # users of user namespaces pass to their root file systems
     address = base / "c.sock"
     (base / "config.toml").write_text(
         f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\n'

@@ -47,6 +47,19 @@ def test_standard_streams_stay_apart_and_the_images_config_is_used(target: Targe
     assert done.stderr == b"err\n"
 
 
+def test_a_user_namespace_of_its_own(target: Target, name: str) -> None:
+    """Files belong to whom they belonged to, and the streams can be opened, as servers do that log to /dev/stdout."""
+    maps = ("--uidmap", "0:1000000:65536", "--gidmap", "0:1000000:65536")
+    script = "stat -c %u /bin /home; id -u; touch /made; echo out >/dev/stdout; echo err >/dev/stderr"
+    for _ in range(2):
+        done = target.pctr("run", "--rm", *maps, target.image, name, "sh", "-c", script)
+        assert (done.stdout, done.stderr) == (b"0\n0\n0\nout\n", b"err\n")
+    assert name not in target.ids()
+    for lonely in (maps[:2], maps[2:]):
+        done = target.pctr("run", "--rm", *lonely, target.image, name, "true", status=2)
+        assert b"--uidmap and --gidmap go together" in done.stderr
+
+
 def test_fifty_mebibytes_come_whole(target: Target, name: str) -> None:
     script = "i=0; while [ $i -lt 50 ]; do dd if=/dev/zero bs=1M count=1 2>/dev/null | tr '\\0' x; i=$((i+1)); done"
     done = target.pctr("run", "--rm", target.image, name, "sh", "-c", script)

@@ -1,0 +1,106 @@
+"""Root file systems for user namespaces: owners are shifted by the snapshotter where it can, in a copy where not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Sequence
+
+from pctr.command import Failed, new_id
+from pctr.rpc import INTROSPECTION, Client
+from pctr.services import Lease, commit_snapshot, prepare_snapshot, remove_snapshot, stat_snapshot
+from supervisord_ctr import errors
+from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
+from supervisord_ctr.linux.mounts import temp_mount
+from supervisord_ctr.model import Mount
+
+Mapping = tuple[int, int, int]
+_LABEL_UIDS = "containerd.io/snapshot/uidmapping"
+_LABEL_GIDS = "containerd.io/snapshot/gidmapping"
+_CAPABILITY = "remap-ids"
+_FILE_CAPABILITIES = "security.capability"
+
+
+def labels(uids: Sequence[Mapping], gids: Sequence[Mapping]) -> dict[str, str]:
+    """What a snapshotter that maps owners is told."""
+    return {_LABEL_UIDS: _text(uids), _LABEL_GIDS: _text(gids)}
+
+
+def can_map(client: Client, snapshotter: str) -> bool:
+    """Whether the snapshotter says that it maps owners by itself."""
+    request = introspection_pb2.PluginsRequest(filters=[f"type==io.containerd.snapshotter.v1,id=={snapshotter}"])
+    found = client.unary(INTROSPECTION + "Plugins", request, introspection_pb2.PluginsResponse)
+    return any(_CAPABILITY in plugin.capabilities for plugin in found.plugins)
+
+
+def mapped_parent(
+    client: Client, snapshotter: str, parent: str, uids: Sequence[Mapping], gids: Sequence[Mapping]
+) -> str:
+    """The name of a copy of `parent` with mapped owners, made unless it is there. Call under a lease.
+
+    Fails when a file belongs to somebody whom the mappings leave out.
+    """
+    name = f"{parent}-{_text(uids)}-{_text(gids)}"
+    with contextlib.suppress(errors.NotFound):
+        stat_snapshot(client, snapshotter, name)
+        return name
+    with Lease(client):
+        key = f"remap-{new_id()} {name}"
+        mounts = prepare_snapshot(client, snapshotter, key, parent)
+        try:
+            with temp_mount([Mount(m.type, m.source, tuple(m.options), m.target) for m in mounts]) as root:
+                change_owners(root, uids, gids)
+            with contextlib.suppress(errors.AlreadyExists):
+                commit_snapshot(client, snapshotter, name, key)
+                return name
+        except BaseException:
+            with contextlib.suppress(errors.Error):
+                remove_snapshot(client, snapshotter, key)
+            raise
+        remove_snapshot(client, snapshotter, key)
+    return name
+
+
+def change_owners(root: str, uids: Sequence[Mapping], gids: Sequence[Mapping]) -> None:
+    """Give everything below `root` to those whom its owners are outside. No link is followed."""
+    for path, folders, files, folder in os.fwalk(root, follow_symlinks=False):
+        names = [*files, *(name for name in folders if stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode))]
+        for name in names:
+            _change(f"{path}/{name}", name, folder, uids, gids)
+        _change(path, ".", folder, uids, gids)
+
+
+def _change(path: str, name: str, folder: int, uids: Sequence[Mapping], gids: Sequence[Mapping]) -> None:
+    found = os.lstat(name, dir_fd=folder)
+    uid, gid = _outside(uids, found.st_uid), _outside(gids, found.st_gid)
+    if uid is None or gid is None:
+        raise Failed(f"{path}: its owner {found.st_uid}:{found.st_gid} is in none of the mappings")
+    if (uid, gid) == (found.st_uid, found.st_gid):
+        return
+    regular = stat.S_ISREG(found.st_mode)
+    through = f"/proc/self/fd/{folder}/{name}"
+    capabilities = None
+    if regular:
+        with contextlib.suppress(OSError):
+            capabilities = os.getxattr(through, _FILE_CAPABILITIES, follow_symlinks=False)
+    os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False)
+    # The kernel takes set-user-ID and file capabilities away with a change of owner, chown(2).
+    if regular and found.st_mode & (stat.S_ISUID | stat.S_ISGID):
+        os.chmod(name, stat.S_IMODE(found.st_mode), dir_fd=folder)
+    if capabilities is not None:
+        os.setxattr(through, _FILE_CAPABILITIES, capabilities, follow_symlinks=False)
+
+
+def _outside(maps: Sequence[Mapping], owner: int) -> int | None:
+    """Who `owner` is outside; whoever is mapped already (another name of a file) stays. None for a stranger."""
+    for inside, outside, count in maps:
+        if inside <= owner < inside + count:
+            return outside + owner - inside
+    if any(outside <= owner < outside + count for _, outside, count in maps):
+        return owner
+    return None
+
+
+def _text(maps: Sequence[Mapping]) -> str:
+    return ",".join(":".join(map(str, entry)) for entry in maps)
