@@ -18,7 +18,7 @@ from supervisord_ctr.diff.pool import UnpackPool
 from supervisord_ctr.errors import Error, Unavailable
 from supervisord_ctr.images import unpack
 from supervisord_ctr.images.layers import compare_mounts
-from supervisord_ctr.images.pull import Puller
+from supervisord_ctr.images.leases import PullLeases
 from supervisord_ctr.linux.mounts import mounts_below, temp_mount
 from supervisord_ctr.metadata.engine import Transaction
 from supervisord_ctr.model import Mount
@@ -137,13 +137,12 @@ async def test_a_lease_that_was_being_made_for_a_pull_goes(stores: Stores) -> No
         blocked.set()
         assert go.wait(LONG)
 
-    puller: Any = Puller.__new__(Puller)
-    puller.database = stores.database
+    leases = PullLeases(stores.database)
     entered = False
 
     async def pull() -> None:
         nonlocal entered
-        async with puller.lease("ns"):
+        async with leases.hold("ns", reference="registry.test/app:1"):
             entered = True
 
     async with asyncio.TaskGroup() as group:
