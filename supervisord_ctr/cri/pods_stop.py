@@ -101,12 +101,11 @@ async def _remove(core: Core, pod: Pod) -> None:
             return
         faults.point(REMOVING)
         await core.executors.run_io(core.environments.remove, pod.id)
-        stored = core.owner.start(_forget_stored(core, pod), f"stored sandbox {pod.id}")
         pod.stage = "removing"
         pod.changed()
         publish_pod(core, pod, pb.CONTAINER_DELETED_EVENT, with_status=False)
-        await core.state.forget_pod(pod)
-        await stored
+        # Asked for at once, they go to disk at once.
+        await all_of(_forget_stored(core, pod), core.state.forget_pod(pod))
         core.stats.forget(pod.id)
 
 

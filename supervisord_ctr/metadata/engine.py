@@ -132,7 +132,8 @@ class Engine:
         self.before_sync: Callable[[], None] = lambda: None
         #: Rows changed by committed mutations since `open`; a state is unchanged while this is.
         self.changes = 0
-        self._queue: queue.SimpleQueue[_Mutation[Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Mutation[Any]] | None] = queue.SimpleQueue()
+        self._asked: dict[asyncio.AbstractEventLoop, list[_Mutation[Any]]] = {}
         self._thread: threading.Thread | None = None
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
@@ -189,6 +190,8 @@ class Engine:
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        for loop in list(self._asked):
+            self._hand_over(loop)
         self._queue.put(None)
         thread.join()
         with self._readers_lock:
@@ -262,8 +265,19 @@ class Engine:
             raise self._failed
         loop = asyncio.get_running_loop()
         mutation = _Mutation(work, durable, loop, loop.create_future())
-        self._queue.put(mutation)
+        asked = self._asked.get(loop)
+        if asked is None:
+            # What else is asked for in this turn of the loop goes along, and to disk at once: the writer would
+            # take the first and let the others wait for a second time at the disk.
+            asked = self._asked[loop] = []
+            loop.call_soon(self._hand_over, loop)
+        asked.append(mutation)
         return await asyncio.shield(mutation.future)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        asked = self._asked.pop(loop, None)
+        if asked:
+            self._queue.put(asked)
 
     def _run(self) -> None:
         closing = False
@@ -274,7 +288,7 @@ class Engine:
                 if found is None:
                     closing = True
                     break
-                batch.append(found)
+                batch += found
                 if len(batch) >= _BATCH:
                     break
                 try:

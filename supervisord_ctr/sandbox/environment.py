@@ -179,7 +179,10 @@ class Environments:
 
     def remove(self, pod_id: str) -> None:
         """Take everything down; what is gone already is no error."""
-        folder = self.files(pod_id).folder
+        files = self.files(pod_id)
+        if _remove_dropped(files):
+            return
+        folder = files.folder
         self.drop(pod_id)
         for entry in mounts.mounts_below(folder):
             mounts.unmount_all(entry.target)
@@ -190,6 +193,23 @@ class Environments:
         with contextlib.suppress(FileNotFoundError):
             return sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir(follow_symlinks=False))
         return []
+
+
+def _remove_dropped(files: PodFiles) -> bool:
+    """Remove the folder of a pod of which `drop` left only the files; False when more is in it, or mounted there."""
+    try:
+        # A mount point is busy and a pinned namespace is an entry, so these go only when nothing is left.
+        for empty in (files.folder / "ns", files.shm):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(empty)
+        for path in (files.hostname, files.hosts, files.resolv):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(files.folder)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_folder(folder: Path) -> None:
