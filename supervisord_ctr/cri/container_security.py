@@ -11,18 +11,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from pathlib import Path
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.names import check_line
-from supervisord_ctr.oci import capabilities, seccomp
+from supervisord_ctr.oci import apparmor, capabilities, seccomp
 from supervisord_ctr.oci.spec import SpecBuilder
 
 log = logging.getLogger(__name__)
 
 _POWERCAP = "/sys/devices/virtual/powercap"
-_APPARMOR_DEFAULT = "cri-containerd.apparmor.d"
 _LOCALHOST = "localhost/"
 
 
@@ -104,14 +102,6 @@ def _old_profile(text: str, default: bool) -> tuple[pb.SecurityProfile.ProfileTy
     raise errors.InvalidArgument(f"invalid seccomp profile {text!r}", kind="seccomp", key=text)
 
 
-def apparmor_enabled() -> bool:
-    """Whether the kernel enforces AppArmor profiles."""
-    try:
-        return Path("/sys/module/apparmor/parameters/enabled").read_text(encoding="ascii").startswith("Y")
-    except OSError:
-        return False
-
-
 def selinux_enabled() -> bool:
     """Whether the kernel runs with SELinux."""
     return os.path.exists("/sys/fs/selinux/enforce")
@@ -132,29 +122,20 @@ def _apparmor(builder: SpecBuilder, context: pb.LinuxContainerSecurityContext) -
         )
     if kind == pb.SecurityProfile.Unconfined or (kind == pb.SecurityProfile.RuntimeDefault and context.privileged):
         return
-    if not apparmor_enabled():
+    if not apparmor.enabled():
         if kind == pb.SecurityProfile.Localhost:
             raise errors.FailedPrecondition(
                 f"apparmor profile {reference!r} cannot be applied: apparmor is not supported by this kernel",
                 kind="apparmor", key=reference,
             )
         return
-    name = reference.removeprefix(_LOCALHOST) if kind == pb.SecurityProfile.Localhost else _APPARMOR_DEFAULT
-    loaded = _loaded_profiles()
-    if name not in loaded:
-        if kind == pb.SecurityProfile.RuntimeDefault:
-            log.info("apparmor profile %s is not loaded, containers run without one", name)
-            return
-        raise errors.NotFound(f"apparmor profile not found {name}", kind="apparmor", key=name)
+    if kind == pb.SecurityProfile.RuntimeDefault:
+        name = apparmor.default_profile()
+    else:
+        name = reference.removeprefix(_LOCALHOST)
+        if name not in apparmor.loaded():
+            raise errors.NotFound(f"apparmor profile not found {name}", kind="apparmor", key=name)
     builder.with_apparmor(name)
-
-
-def _loaded_profiles() -> set[str]:
-    try:
-        text = Path("/sys/kernel/security/apparmor/profiles").read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    return {line.rpartition(" (")[0] for line in text.splitlines()}
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from supervisord_ctr.cri import container_security
 from supervisord_ctr.cri.container_create import features
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.linux import cgroups
+from supervisord_ctr.oci import apparmor
 
 #: Version of the kubelet's side of the interface, and of CRI.
 _KUBE_API, _CRI_API = "0.1.0", "v1"
@@ -63,7 +64,7 @@ def _information(core: Core, reason: str) -> dict[str, Any]:
         "runtimes": {name: dataclasses.asdict(value) for name, value in core.settings.runtime.classes.items()},
         "cniconfig": {"networks": networks}, "lastCNILoadStatus": reason or "OK",
         "host": {
-            "cgroups": cgroups.hierarchy().mode, "apparmor": container_security.apparmor_enabled(),
+            "cgroups": cgroups.hierarchy().mode, "apparmor": apparmor.enabled(),
             "selinux": container_security.selinux_enabled(), "kernel": platform.release(),
             "python": platform.python_version(),
         },

@@ -6,12 +6,15 @@ import errno
 import itertools
 import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
+from supervisord_ctr.oci import apparmor
 from tests.support.cri import Cri
 from tests.support.peers import beyond_containerd
 
@@ -244,3 +247,85 @@ def test_groups_of_the_image_only_where_the_policy_merges(cri: Cri, pod: Pod) ->
     config.linux.security_context.supplemental_groups_policy = pb.Strict
     [line] = output(cri, pod, config)
     assert set(line.partition(" groups=")[2].split(",")) == {"1000(user)", "1234"}
+
+
+# -- AppArmor ----------------------------------------------------------------------------------------
+
+needs_apparmor = pytest.mark.skipif(not apparmor.enabled(), reason="this kernel runs without AppArmor")
+
+PROFILE = """
+profile {name} flags=(attach_disconnected,mediate_deleted) {{
+  file,
+  signal,
+  deny /tmp/secret w,
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def profile() -> Iterator[str]:
+    """A profile of this host."""
+    name = "supervisord-ctr-test"
+    subprocess.run(["apparmor_parser", "-Kr"], input=PROFILE.format(name=name), text=True, check=True)
+    yield name
+    subprocess.run(["apparmor_parser", "-KR"], input=PROFILE.format(name=name), text=True, check=True)
+
+
+@needs_apparmor
+@pytest.mark.parametrize(("kind", "old"), [(None, ""), (None, "runtime/default"), (pb.SecurityProfile.RuntimeDefault, "")])
+def test_the_default_profile_of_apparmor(
+    cri: Cri, pod: Pod, kind: pb.SecurityProfile.ProfileType.ValueType | None, old: str
+) -> None:
+    config = cri.container_config("cat /proc/self/attr/current; echo x > /proc/sys/kernel/domainname || echo denied")
+    if kind is not None:
+        config.linux.security_context.apparmor.profile_type = kind
+    config.linux.security_context.apparmor_profile = old
+    assert output(cri, pod, config) == ["cri-containerd.apparmor.d (enforce)", "denied"]
+
+
+@needs_apparmor
+@pytest.mark.parametrize("form", ["field", "old", "prefixed field"])
+def test_a_profile_of_apparmor_by_name(cri: Cri, pod: Pod, profile: str, form: str) -> None:
+    config = cri.container_config("cat /proc/self/attr/current; echo x > /tmp/open; echo x > /tmp/secret || echo denied")
+    context = config.linux.security_context
+    if form == "old":
+        context.apparmor_profile = f"localhost/{profile}"
+    else:
+        context.apparmor.profile_type = pb.SecurityProfile.Localhost
+        context.apparmor.localhost_ref = profile if form == "field" else f"localhost/{profile}"
+    assert output(cri, pod, config) == [f"{profile} (enforce)", "denied"]
+
+
+@needs_apparmor
+def test_a_profile_of_apparmor_that_is_not_loaded_is_refused(cri: Cri, pod: Pod) -> None:
+    config = cri.container_config("true")
+    config.linux.security_context.apparmor_profile = "localhost/no-such-profile"
+    with pytest.raises(grpc.RpcError) as caught:
+        cri.create(*pod, config)
+    assert "apparmor profile not found no-such-profile" in caught.value.details()
+
+
+@needs_apparmor
+@pytest.mark.parametrize("how", ["unconfined", "old unconfined", "privileged"])
+def test_containers_that_apparmor_does_not_confine(cri: Cri, pod: Pod, how: str) -> None:
+    config = cri.container_config("cat /proc/self/attr/current")
+    context = config.linux.security_context
+    if how == "unconfined":
+        context.apparmor.profile_type = pb.SecurityProfile.Unconfined
+    elif how == "old unconfined":
+        context.apparmor_profile = "unconfined"
+    else:
+        context.privileged = True
+    assert output(cri, pod, config) == ["unconfined"]
+
+
+@needs_apparmor
+def test_commands_in_a_container_are_confined_as_it_is(cri: Cri, pod: Pod, profile: str) -> None:
+    config = cri.container_config("exec sleep 600")
+    config.linux.security_context.apparmor_profile = f"localhost/{profile}"
+    container = cri.create(*pod, config)
+    cri.start(container)
+    assert cri.exec(container, "cat", "/proc/self/attr/current").stdout == f"{profile} (enforce)\n".encode()
+    assert cri.exec(container, "sh", "-c", "echo x > /tmp/secret").exit_code != 0
+    cri.stop(container)
+    assert cri.status(container).exit_code == 137

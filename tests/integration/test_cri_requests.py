@@ -12,6 +12,7 @@ import pytest
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import container_security
 from supervisord_ctr.linux import cgroups
+from supervisord_ctr.oci import apparmor
 from tests.support.cri import Cri, running_cri
 from tests.support.daemon import wait_until
 
@@ -32,7 +33,7 @@ def lines(cri: Cri, config: pb.PodSandboxConfig, name: str = "main") -> list[str
 # -- what cannot be done -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(container_security.apparmor_enabled(), reason="this kernel has AppArmor")
+@pytest.mark.skipif(apparmor.enabled(), reason="this kernel has AppArmor")
 def test_a_profile_of_apparmor_is_refused_by_name_where_the_kernel_has_none(cri: Cri) -> None:
     pod, config = cri.run_pod()
     wanted = cri.container_config("true")
