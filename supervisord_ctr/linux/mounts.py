@@ -221,6 +221,8 @@ def _mount_one(entry: Mount, target: str) -> None:
             if options.recursive_read_only:
                 set_attributes(target, set_=MOUNT_ATTR_RDONLY, recursive=True)
             if userns >= 0 and entry.type != "overlay":
+                # What is mounted onto a copy of a shared mount would cover the source as well.
+                mount("", target, "", MS_SLAVE | (options.flags & MS_REC))
                 idmap_mount(target, target, userns, recursive=bool(options.flags & MS_REC))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -385,12 +387,12 @@ class _MountAttr(ctypes.Structure):
 
 
 def set_attributes(
-    target: str | os.PathLike[str], *, set_: int = 0, clear: int = 0, userns: int = 0,
+    target: str | os.PathLike[str], *, set_: int = 0, clear: int = 0, propagation: int = 0, userns: int = 0,
     recursive: bool = False, dir_fd: int = libc.AT_FDCWD,
 ) -> None:
     """mount_setattr(2) on `target`; an empty target means the descriptor `dir_fd` itself."""
     path = os.fspath(target)
-    attributes = _MountAttr(set_, clear, 0, userns)
+    attributes = _MountAttr(set_, clear, propagation, userns)
     flags = (0 if path else libc.AT_EMPTY_PATH) | (libc.AT_RECURSIVE if recursive else 0)
     libc.syscall(
         libc.SYS_MOUNT_SETATTR, dir_fd, os.fsencode(path), flags, ctypes.byref(attributes),
@@ -405,10 +407,13 @@ def idmap_mount(
     """Mount a copy of `source` onto `target` with owners shifted by the user namespace `userns`.
 
     With `recursive` what is mounted below comes along, its owners shifted too unless `map_below` is false.
+    The copy follows what is mounted in `source` later on, never the other way round: where mounts are shared, as
+    systemd makes them, what is taken away from below the copy would be taken from `source` as well.
     """
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc.AT_EMPTY_PATH | (libc.AT_RECURSIVE if recursive else 0)
     tree = libc.syscall(libc.SYS_OPEN_TREE, libc.AT_FDCWD, os.fsencode(source), flags, path=source)
     try:
+        set_attributes("", propagation=MS_SLAVE, recursive=recursive, dir_fd=tree)
         deep = recursive and map_below
         set_attributes("", set_=MOUNT_ATTR_IDMAP | attributes, userns=userns, recursive=deep, dir_fd=tree)
         libc.syscall(

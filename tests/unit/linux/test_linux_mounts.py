@@ -148,6 +148,38 @@ def test_idmapped_mounts_shift_owners(folder: Path) -> None:
     assert (found.st_uid, found.st_gid) == (1000, 2000)
 
 
+def test_idmapped_mounts_leave_their_shared_source_alone(folder: Path) -> None:
+    """Mounts of a host with systemd are shared: what happens to a copy happens to its source, unless it is cut off."""
+    if not mounts.supports_idmap():
+        pytest.skip("this kernel has no id-mapped mounts")
+    shared = folder / "shared"
+    for path in (shared, folder / "target"):
+        path.mkdir()
+    mounts.mount_all([Mount("tmpfs", "tmpfs")], shared)
+    mounts.mount("", str(shared), "", mounts.MS_SHARED)
+    (shared / "source" / "below").mkdir(parents=True)
+    (shared / "source" / "file").touch()
+    mounts.mount_all([Mount("tmpfs", "tmpfs")], shared / "source" / "below")
+    mounts.mount("", str(shared / "source" / "below"), "", mounts.MS_SHARED)
+    before = mounts.mounts_below(shared)
+    options = ("rbind", "uidmap=0:1000:10", "gidmap=0:2000:10")
+    for make in (
+        lambda: mounts.mount_all([Mount("bind", str(shared / "source"), options)], folder / "target"),
+        lambda: _idmap(shared / "source", folder / "target"),
+    ):
+        make()
+        assert os.stat(folder / "target" / "file").st_uid == 1000
+        assert os.stat(shared / "source" / "file").st_uid == 0
+        assert mounts.mounts_below(shared) == before
+        mounts.unmount_all(folder / "target")
+        assert mounts.mounts_below(shared) == before
+
+
+def _idmap(source: Path, target: Path) -> None:
+    with mounts.user_namespace("0:1000:10", "0:2000:10") as userns:
+        mounts.idmap_mount(source, target, userns, recursive=True, map_below=False)
+
+
 def test_idmapped_overlays_shift_their_lower_layers(folder: Path) -> None:
     if not mounts.supports_idmap():
         pytest.skip("this kernel has no id-mapped mounts")
