@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from google.protobuf.message import DecodeError, Message
 
 from pctr_shim import attach, records
 from pctr_shim.config import ShimConfig
+from pctr_shim.oom import OomCount
 from pctr_shim.process import ExecProcess, InitProcess, Process
 from pctr_shim.reaper import Reaper
 from pctr_shim.runc import Runtime, environment
@@ -53,7 +55,7 @@ class Container:
 
     def __init__(
         self, config: ShimConfig, reaper: Reaper, tasks: TaskOwner, publish: Publish, container_id: str, bundle: str,
-        options: options_pb2.Options,
+        options: options_pb2.Options, oom_told: dict[str, int],
     ) -> None:
         self.id = container_id
         self.namespace = config.namespace
@@ -69,8 +71,8 @@ class Container:
         self.timings: dict[str, int] = {}
         self._own_pid_namespace = False
         self.has_poststart_hooks = False
-        self.oom_kills = 0
-        self.oom_level = ""
+        self._oom: OomCount | None = None
+        self._oom_told = oom_told
         self._oom_fd = -1
         self._held: dict[Process, tuple[Exit, int] | None] = {}
         self._running_execs: set[ExecProcess] = set()
@@ -81,6 +83,16 @@ class Container:
             options.binary_name or config.runtime, os.path.join(root, config.namespace), options.systemd_cgroup,
             environment(),
         )
+
+    @property
+    def oom_kills(self) -> int:
+        """Processes that the kernel has killed for lack of memory."""
+        return self._oom.kills if self._oom is not None else 0
+
+    @property
+    def oom_level(self) -> str:
+        """Whose limit that was: "container", "pod", "node", or "" without a kill."""
+        return self._oom.level if self._oom is not None else ""
 
     def path(self, name: str) -> str:
         """A file in the bundle."""
@@ -296,7 +308,7 @@ class Container:
 
     def _tell_exit(self, process: Process, ended: Exit, number: int) -> None:
         if process is self.init:
-            self._count_oom()
+            self._count_oom(killed=ended.status == 128 + signal.SIGKILL and process.asked[0] != signal.SIGKILL)
             self._close_oom()
         records.write(self.bundle, records.ExitRecord(
             self.id, process.exec_id, ended.pid, ended.status, ended.at, number, self.oom_kills,
@@ -324,6 +336,7 @@ class Container:
     def _watch_oom(self) -> None:
         if self.init.cgroup is None or not self.init.cgroup.folder("memory"):
             return
+        self._oom = OomCount(self.init.cgroup, self._oom_told)
         try:
             self._oom_fd = self.init.cgroup.watch_oom()
             os.set_blocking(self._oom_fd, False)
@@ -340,14 +353,9 @@ class Container:
         if self.init.cgroup is not None and not self.init.cgroup.exists():
             self._close_oom()
 
-    def _count_oom(self) -> None:
+    def _count_oom(self, *, killed: bool = False) -> None:
         """Tell of kills that nobody has been told of."""
-        if self.init.cgroup is None:
-            return
-        count = self.init.cgroup.oom_kills()
-        if count > self.oom_kills:
-            self.oom_kills = count
-            self.oom_level = self.init.cgroup.oom_level()
+        if self._oom is not None and self._oom.update(killed=killed):
             self.publish("/tasks/oom", events_pb2.TaskOOM(container_id=self.id))
 
     def _close_oom(self) -> None:

@@ -54,6 +54,7 @@ class TaskService:
         self._stop = stop
         self.tasks = TaskOwner("shim")
         self.containers: dict[str, Container] = {}
+        self._oom_told: dict[str, int] = {}
         self._creating: set[str] = set()
         self.started_at = time.time()
 
@@ -100,7 +101,8 @@ class TaskService:
         try:
             with self._reaper.expecting():
                 container = Container(
-                    self._config, self._reaper, self.tasks, self._publisher.publish, request.id, request.bundle, options
+                    self._config, self._reaper, self.tasks, self._publisher.publish, request.id, request.bundle,
+                    options, self._oom_told,
                 )
                 await container.create(rootfs, addresses, request.checkpoint, request.parent_checkpoint)
                 self.containers[request.id] = container

@@ -205,6 +205,12 @@ class Cgroup:
             return _keyed(read(f"{self.folders['']}/memory.events")).get("oom_kill", 0)
         return _keyed(read(f"{self.folder('memory')}/memory.oom_control")).get("oom_kill", 0)
 
+    def parent(self) -> Cgroup | None:
+        """The group that this one is in; None in v1 trees, whose groups count for themselves, and for the top."""
+        if not self.is_v2 or self.folders[""] == hierarchy().unified:
+            return None
+        return Cgroup({"": os.path.dirname(self.folders[""])})
+
     def oom_level(self) -> str:
         """Whose limit memory ran into: "container" (this group's), "pod" (a parent's) or "node"."""
         folder = self.folder("memory")
