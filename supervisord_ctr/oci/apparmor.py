@@ -1,8 +1,7 @@
 """AppArmor profiles: which are loaded, and the default one, which is loaded when first asked for.
 
-The rules of the default profile are those that every container engine gives to its containers
-(containerd and Docker, `apparmor/template.go`), under the name that containerd's CRI uses, so that
-a profile which an administrator loaded under it beforehand is the one that counts.
+The default profile lets a container do what other engines' default profiles let it do. It has the name that
+containerd's CRI uses, so that a profile which an administrator loaded under it beforehand is the one that counts.
 
 Sources: apparmor.d(5), apparmor_parser(8).
 """
@@ -30,33 +29,23 @@ _ABI = "abi/3.0"
 #: Set by who starts a container's first process (systemd.io/CONTAINER_INTERFACE).
 _CONTAINER_MARK = "container"
 
-#: A container may do what its user and its capabilities allow, but for writing to the kernel's own files and mounting.
+#: A container may do what its user and its capabilities allow, but for mounting and for writing to the kernel's own
+#: files. Rules cannot take back a part of what another denies, so what stays open is spelled out by what differs
+#: from it, a letter at a time: the folders of processes and sys/kernel/shm* in /proc, fs/cgroup in /sys.
 _RULES = """\
+  file,
   network,
   capability,
-  file,
   umount,
-  signal (receive) peer=unconfined,
-  signal (receive) peer=runc,
-  signal (receive) peer=crun,
-  signal (receive) peer={daemon},
-  signal (send,receive) peer={name},
-  deny @{{PROC}}/* w,
-  deny @{{PROC}}/{{[^1-9/],[^1-9/][^0-9/],[^1-9s/][^0-9y/][^0-9s/],[^1-9/][^0-9/][^0-9/][^0-9/]*}}/** w,
-  deny @{{PROC}}/sys/[^k]** w,
-  deny @{{PROC}}/sys/kernel/{{?,??,[^s][^h][^m]**}} w,
-  deny @{{PROC}}/sysrq-trigger rwklx,
-  deny @{{PROC}}/kcore rwklx,
   deny mount,
-  deny /sys/[^f]*/** wklx,
-  deny /sys/f[^s]*/** wklx,
-  deny /sys/fs/[^c]*/** wklx,
-  deny /sys/fs/c[^g]*/** wklx,
-  deny /sys/fs/cg[^r]*/** wklx,
-  deny /sys/firmware/** rwklx,
-  deny /sys/devices/virtual/powercap/** rwklx,
-  deny /sys/kernel/security/** rwklx,
-  ptrace (trace,tracedby,read,readby) peer={name},
+  ptrace peer={name},
+  signal peer={name},
+  signal receive peer={{{daemon},unconfined,runc,crun}},
+  deny @{{PROC}}/{{[^0-9s],s[^y],sy[^s],sys[^/],sys/[^k],sys/k[^e],sys/ke[^r]}}** w,
+  deny @{{PROC}}/sys/kernel/{{[^s],s[^h],sh[^m]}}** w,
+  deny @{{PROC}}/{{kcore,sysrq-trigger}} mrwklx,
+  deny /sys/{{[^f],f[^s],fs/[^c],fs/c[^g]}}** wklx,
+  deny /sys/{{firmware,kernel/security,devices/virtual/powercap}}/** mrwklx,
 """
 
 _loading = threading.Lock()

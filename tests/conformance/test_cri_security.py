@@ -276,11 +276,21 @@ def profile() -> Iterator[str]:
 def test_the_default_profile_of_apparmor(
     cri: Cri, pod: Pod, kind: pb.SecurityProfile.ProfileType.ValueType | None, old: str
 ) -> None:
-    config = cri.container_config("cat /proc/self/attr/current; echo x > /proc/sys/kernel/domainname || echo denied")
+    """With all capabilities and nothing read-only, it is the profile alone that denies."""
+    config = cri.container_config(
+        "cat /proc/self/attr/current; echo 0 > /proc/self/oom_score_adj && echo open;"
+        "cat /proc/sys/kernel/domainname > /tmp/domainname; cp /tmp/domainname /proc/sys/kernel/domainname || echo denied;"
+        "echo 0 > /proc/sys/vm/drop_caches || echo denied; mount -t tmpfs tmpfs /mnt || echo denied;"
+        "echo 0 > /sys/kernel/profiling || echo denied; cat /sys/kernel/security/apparmor/profiles || echo denied"
+    )
+    context = config.linux.security_context
+    context.capabilities.add_capabilities.append("ALL")
+    context.masked_paths.append("/nonexistent")
+    context.readonly_paths.append("/nonexistent")
     if kind is not None:
-        config.linux.security_context.apparmor.profile_type = kind
-    config.linux.security_context.apparmor_profile = old
-    assert output(cri, pod, config) == ["cri-containerd.apparmor.d (enforce)", "denied"]
+        context.apparmor.profile_type = kind
+    context.apparmor_profile = old
+    assert output(cri, pod, config) == ["cri-containerd.apparmor.d (enforce)", "open", *["denied"] * 5]
 
 
 @needs_apparmor
