@@ -34,6 +34,7 @@ TEST = {
     "skopeo": "skopeo",
     "umoci": "umoci",
     "iptables": "iptables",
+    "mkfs.ext4": "e2fsprogs",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "criu": "criu",
     "strace": "strace",

@@ -170,11 +170,15 @@ class Engine:
             self.repair = recovery.rebuild(self.path, reason)
             log.error("%s", self.repair)
         connection = self._connect()
-        connection.execute("PRAGMA journal_mode = WAL")
-        self.path.chmod(0o600)
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA wal_autocheckpoint = 0")
-        schema.migrate(connection)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            self.path.chmod(0o600)
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            schema.migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
         self.changes = connection.total_changes
         return connection
 

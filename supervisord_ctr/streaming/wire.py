@@ -160,7 +160,7 @@ class Wire(asyncio.Protocol):
             if self._transport.can_write_eof():
                 with contextlib.suppress(OSError):  # the peer may have gone just now
                     self._transport.write_eof()
-            else:
+            elif not self._transport.is_closing():  # a second one leaves nothing of a TLS transport, not even `abort`
                 self._transport.close()
             quiet_since = self._loop.time()
             while not self._lost.is_set():

@@ -41,7 +41,7 @@ async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
 
 async def start(lab: Lab, name: str, binary: str, **fields: str) -> Shim:
     """A shim with a running task."""
-    lab.bundle(name, ["sh", "-c", "echo alive; sleep 1000"])
+    lab.bundle(name, ["sh", "-c", "echo alive; while :; do sleep 1000; done"])
     shim = await lab.launch(name)
     await lab.create(shim, name, options=lab.options(binary_name=binary), **fields)
     if not fields.get("checkpoint"):
