@@ -53,6 +53,16 @@ def pull(daemon: DaemonProcess, name: str) -> None:
         )
 
 
+def pull_twice(daemon: DaemonProcess, name: str) -> None:
+    """Pull from a daemon that dies of it, and from the next one."""
+    with pytest.raises(grpc.RpcError):
+        pull(daemon, name)
+    wait_until(lambda: daemon.process is not None and daemon.process.poll() is not None, "the daemon died")
+    daemon.environment.clear()
+    daemon.start()
+    pull(daemon, name)
+
+
 def found(daemon: DaemonProcess) -> tuple[set[str], set[str], set[str]]:
     """Images, blobs and snapshots of the namespace."""
     with daemon.channel() as channel:
@@ -138,12 +148,7 @@ def test_p2_a_restart_keeps_the_blobs_that_had_arrived(registry: FakeRegistry) -
             return False
 
         registry.rules.append(hold)
-        with pytest.raises(grpc.RpcError):
-            pull(daemon, name)
-        wait_until(lambda: daemon.process is not None and daemon.process.poll() is not None, "the daemon died")
-        daemon.environment.clear()
-        daemon.start()
-        pull(daemon, name)
+        pull_twice(daemon, name)
         assert found(daemon)[0] == {name}
     assert (len(registry.requests(whole)), len(registry.requests(last))) == (1, 2)
 
@@ -152,12 +157,7 @@ def test_p2_a_restart_resumes_where_the_daemon_died(registry: FakeRegistry, tmp_
     image = build([layer(file("data", os.urandom(4 << 20)))])
     name = registry.add("app", "v1", image)
     with running_daemon(environment={"PCTR_FAULTS": "pull.received=kill@2"}) as daemon:
-        with pytest.raises(grpc.RpcError):
-            pull(daemon, name)
-        wait_until(lambda: daemon.process is not None and daemon.process.poll() is not None, "the daemon died")
-        daemon.environment.clear()
-        daemon.start()
-        pull(daemon, name)
+        pull_twice(daemon, name)
         ranges = [seen.headers.get("range") for seen in registry.requests(image.layers[0])]
         assert ranges[0] is None
         assert len(ranges) == 2
