@@ -240,8 +240,8 @@ def export_archive(context: Context, path: str, names: list[str]) -> None:
     images = [services.get_image(client, name) for name in names]
     with _opened(path, "wb") as file:
         if not args.local and len(images) == 1:
-            transfer = Transfer(client)
             try:
+                transfer = Transfer(client)
                 transfer.run(
                     transfer_pb2.ImageStore(name=images[0].name),
                     transfer_pb2.ImageExportStream(

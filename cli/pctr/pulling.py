@@ -131,8 +131,8 @@ def push_image(
     options = options or RegistryOptions()
     with display(quiet) as sink:
         if options.by_daemon:
-            transfer = Transfer(context.client)
             try:
+                transfer = Transfer(context.client)
                 transfer.run(
                     transfer_pb2.ImageStore(name=local_name, platforms=map(parse_platform, platforms)),
                     transfer_pb2.OCIRegistry(reference=remote_name, resolver=resolver(remote_name, options, transfer)),

@@ -13,7 +13,9 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from pctr.command import new_id
-from pctr.rpc import STREAMING, TRANSFER, Call, Client
+from pctr.rpc import INTROSPECTION, STREAMING, TRANSFER, Call, Client
+from supervisord_ctr import errors
+from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
 from supervisord_ctr.api.services.streaming.v1 import streaming_pb2
 from supervisord_ctr.api.services.transfer.v1 import transfer_pb2 as service_pb2
 from supervisord_ctr.api.types.transfer import transfer_pb2
@@ -50,10 +52,21 @@ def answer(credentials: Credentials, request: transfer_pb2.AuthRequest) -> trans
     return transfer_pb2.AuthResponse(authType=kind, username=found.username, secret=found.secret)
 
 
+#: Parts that only daemons have whose transfers heed what a request says of hosts: this one, and containerd from 2.0 on.
+_WHOLE = ("type==io.supervisord-ctr.doctor.v1", "type==io.containerd.image-verifier.v1")
+
+
 class Transfer:
-    """One transfer with its streams. Make streams first, then `run`."""
+    """One transfer with its streams. Make streams first, then `run`.
+
+    Unimplemented for a daemon without the service, and for containerd 1.7, whose service would speak
+    TLS to every registry and knows nothing of the client's hosts.
+    """
 
     def __init__(self, client: Client) -> None:
+        request = introspection_pb2.PluginsRequest(filters=_WHOLE)
+        if not client.unary(INTROSPECTION + "Plugins", request, introspection_pb2.PluginsResponse).plugins:
+            raise errors.Unimplemented("the daemon has no transfer service, or an early one")
         self._client = client
         self._handlers: list[tuple[Call[Any], Callable[[Call[Any], Any], None]]] = []
         self._feeds: list[_Feed] = []

@@ -266,8 +266,9 @@ def _label(context: Context) -> None:
     labels = parse_labels(context.args.labels)
     image = get_image(context.client, context.args.image)
     paths = ["labels"] if context.args.replace_all else [f"labels.{key}" for key in labels]
+    # The target is not changed, but containerd 1.7 dies of an image without one.
     request = images_pb2.UpdateImageRequest(
-        image=images_pb2.Image(name=image.name, labels=labels), update_mask=FieldMask(paths=paths))
+        image=images_pb2.Image(name=image.name, labels=labels, target=image.target), update_mask=FieldMask(paths=paths))
     changed = context.client.unary(IMAGES + "Update", request, images_pb2.UpdateImageResponse).image
     print(output.labels(changed.labels.items()).text)
 
