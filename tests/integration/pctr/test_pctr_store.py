@@ -234,7 +234,8 @@ def test_notes(target: Target, name: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_fails_says_why_and_the_task_runs_on(target: Target, name: str, tmp_path: Path) -> None:
-    target.pctr("run", "-d", target.image, name, "sleep", "1000")
+    # A checkpoint may interrupt a sleep.
+    target.pctr("run", "-d", target.image, name, "sh", "-c", "while :; do sleep 1000; done")
     try:
         done = target.pctr("task", "checkpoint", "--image-path", str(tmp_path / "images"), "--work-path",
                            str(tmp_path / "work"), name, status=None)

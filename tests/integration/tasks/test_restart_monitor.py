@@ -100,8 +100,16 @@ def stopped(client: Client, name: str) -> bool:
 def test_a_failure_is_tried_so_many_times(client: Client) -> None:
     name = client.run("sh", "-c", "exit 3")
     wait_until(lambda: stopped(client, name), "it has failed by itself")
+    pids = set()
+
+    def tried_twice() -> bool:
+        """The count alone comes before the second try."""
+        if stopped(client, name):
+            pids.add(client.process(name).pid)
+        return count(client, name) == 2 and len(pids) == 3
+
     label(client, name, status="running", policy="on-failure:2")
-    wait_until(lambda: count(client, name) == 2 and stopped(client, name), "it was tried twice")
+    wait_until(tried_twice, "it was tried twice")
     assert client.finish(name) == 3
 
 
