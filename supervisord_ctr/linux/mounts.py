@@ -151,6 +151,19 @@ def parse_options(words: Sequence[str]) -> Options:
     )
 
 
+def with_context(mounts: Sequence[Mount], label: str) -> tuple[Mount, ...]:
+    """The mounts with the SELinux label `label` on every file in them, "" being none (mount(8)).
+
+    A bind mount stays as it is: its files have the labels that they have where they come from.
+    """
+    # In quotes, since commas split options and a label's categories.
+    option = f'context="{label}"'
+    return tuple(
+        entry if not label or parse_options(entry.options).flags & MS_BIND
+        else replace(entry, options=(*entry.options, option)) for entry in mounts
+    )
+
+
 def mount(source: str, target: str | os.PathLike[str], fstype: str, flags: int = 0, data: str = "") -> None:
     """mount(2), once, as it is."""
     libc.mount(source or None, os.fspath(target), fstype or None, flags, data or None)

@@ -22,11 +22,13 @@ Adjust = Callable[[dict[str, Any]], Sequence[str]]
 @dataclass(frozen=True, slots=True)
 class SpecParts:
     """`data` is the document for the bundle, None when the container has none; `gid` the host's group of a mapped
-    root group, 0 without a user namespace; `group` the sandbox whose shim serves the container."""
+    root group, 0 without a user namespace; `group` the sandbox whose shim serves the container; `mount_label` the
+    SELinux label of the files in its root, "" for none."""
 
     data: bytes | None
     gid: int = 0
     group: str = ""
+    mount_label: str = ""
 
 
 def read_spec(container: Container, adjust: Adjust | None) -> SpecParts:
@@ -47,6 +49,8 @@ def read_spec(container: Container, adjust: Adjust | None) -> SpecParts:
     if notes:
         log.info("container %s: %s", container.id, "; ".join(notes))
         data = json.dumps(spec, separators=(",", ":")).encode()
-    mappings = (spec.get("linux") or {}).get("gidMappings") or ()
+    linux = spec.get("linux") or {}
+    mappings = linux.get("gidMappings") or ()
     gid = next((entry["hostID"] for entry in mappings if entry.get("containerID") == 0), 0)
-    return SpecParts(data, gid, container.sandbox or (spec.get("annotations") or {}).get(SANDBOX_ANNOTATION, ""))
+    group = container.sandbox or (spec.get("annotations") or {}).get(SANDBOX_ANNOTATION, "")
+    return SpecParts(data, gid, group, linux.get("mountLabel") or "")

@@ -29,6 +29,7 @@ from supervisord_ctr.aio import Executors, KeyedLock, TaskOwner, shielded
 from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.linux import processes
+from supervisord_ctr.linux.mounts import with_context
 from supervisord_ctr.model import Container, Event, Exit, Mount, TypedValue
 from supervisord_ctr.names import check_identifier
 from supervisord_ctr.runtime import bundle as bundles
@@ -222,12 +223,14 @@ class Tasks:
         chosen = options if options is not None and options.value else container.runtime.options
         runtime = runtime_path or container.runtime.name
         self.shims.resolve(runtime)
+        parts = read_spec(container, self._adjust_spec)
         if rootfs is None:
             rootfs = ()
             if container.snapshot_key:
                 snapshotter = self._database.snapshotter(container.snapshotter)
-                rootfs = await snapshotter.mounts(namespace, container.snapshot_key)
-        parts = read_spec(container, self._adjust_spec)
+                rootfs = with_context(
+                    await snapshotter.mounts(namespace, container.snapshot_key), parts.mount_label
+                )
         bundle = Bundle(namespace, container_id, self._state / namespace / container_id)
         if bundle.path.exists():
             # What a failed removal left: no task is known under this name, and we hold its lock.

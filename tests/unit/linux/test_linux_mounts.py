@@ -23,6 +23,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     mounts.unmount_below(tmp_path)
 
 
+def test_a_label_of_selinux_is_an_option_of_all_but_bind_mounts() -> None:
+    overlay, bind = Mount("overlay", "overlay", ("lowerdir=/a",)), Mount("bind", "/a", ("rbind", "ro"))
+    labelled = Mount("overlay", "overlay", ("lowerdir=/a", 'context="u:r:t:s0:c1,c2"'))
+    assert mounts.with_context([overlay, bind], "u:r:t:s0:c1,c2") == (labelled, bind)
+    assert mounts.with_context([overlay, bind], "") == (overlay, bind)
+
+
 def test_words_become_flags_and_data() -> None:
     options = mounts.parse_options(
         ["rbind", "ro", "nosuid", "rslave", "lowerdir=/a:/b", "index=off", "userxattr", "defaults", "uidmap=0:1:2", "gidmap=0:1:2"]

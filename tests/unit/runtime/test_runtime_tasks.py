@@ -13,10 +13,10 @@ import pytest
 
 from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
-from supervisord_ctr.model import Exit, Runtime, TaskStatus, TypedValue
+from supervisord_ctr.model import Container, Exit, Runtime, TaskStatus, TypedValue
 from supervisord_ctr.runtime import RuntimeConfig
 from supervisord_ctr.runtime.bundle import Bundle
-from supervisord_ctr.runtime.spec import SANDBOX_ANNOTATION
+from supervisord_ctr.runtime.spec import SANDBOX_ANNOTATION, read_spec
 from supervisord_ctr.runtime.zygote import Remains
 from tests.unit.runtime.fakes import NAMESPACE, FakeShim, Machine
 
@@ -153,6 +153,14 @@ async def test_the_containers_snapshot_is_mounted_when_no_root_is_given(machine:
     machine.store.add("c1", snapshotter="overlayfs", snapshot_key="key")
     await machine.tasks.create(NAMESPACE, "c1", rootfs=None)
     assert "c1" in machine.zygote.shims[0].tasks
+
+
+def test_the_label_of_the_root_is_read_from_the_spec() -> None:
+    def label(document: str) -> str:
+        return read_spec(Container("c1", spec=TypedValue("spec", document.encode())), None).mount_label
+
+    assert label('{"linux": {"mountLabel": "u:r:t:s0:c1,c2"}}') == "u:r:t:s0:c1,c2"
+    assert label('{"linux": {}}') == label("{}") == label('{"linux": null}') == ""
 
 
 # -- lost shims ----------------------------------------------------------------------------------------
