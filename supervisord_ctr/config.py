@@ -131,6 +131,10 @@ def _check(settings: Settings) -> None:
             raise InvalidArgument(f"proxy_plugins.{name} needs an address, the path of its socket")
     if not 256 <= settings.cri.max_log_line <= 1 << 20:
         raise InvalidArgument(f"cri.max_log_line {settings.cri.max_log_line} must be from 256 to {1 << 20} bytes")
+    if not 2 <= settings.cri.selinux_category_range <= 1024:
+        raise InvalidArgument(
+            f"cri.selinux_category_range {settings.cri.selinux_category_range} must be from 2 to 1024"
+        )
     if bool(settings.cri.streaming.tls_certificate) != bool(settings.cri.streaming.tls_key):
         raise InvalidArgument("cri.streaming.tls_certificate and cri.streaming.tls_key go together")
 

@@ -136,6 +136,8 @@ class CriSettings:
     exec_sync_limit: int = _setting(16 << 20, "most output of one ExecSync, a stream")
     drain_exec_io_timeout: float = _setting(2.0, "how long to read on after an exec's process ended")
     stop_timeout_slack: float = _setting(10.0, "how long a killed container may take to be gone")
+    enable_selinux: bool = _setting(True, "label containers for SELinux where the kernel runs with it")
+    selinux_category_range: int = _setting(1024, "pods get two SELinux categories below this number")
     cdi_dirs: list[str] = _setting(["/etc/cdi", "/var/run/cdi"], "folders of CDI device descriptions")
     seccomp_default: bool = _setting(False, "containers without a seccomp profile get the default one")
     checkpoint: bool = _setting(False, "allow CheckpointContainer and creation from checkpoints")

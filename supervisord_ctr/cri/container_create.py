@@ -27,6 +27,7 @@ from supervisord_ctr.cri import (
     container_spec,
     ids,
     image_volumes,
+    selinux_labels,
     signals,
 )
 from supervisord_ctr.cri import userns as user_namespaces
@@ -39,6 +40,7 @@ from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.model import Container as StoredContainer
 from supervisord_ctr.model import Mount, TypedValue
 from supervisord_ctr.names import CRI_NAMESPACE, LABEL_GC_ROOT, check_line
+from supervisord_ctr.oci import selinux
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder
 from supervisord_ctr.oci.users import User
 from supervisord_ctr.snapshots import CAPABILITY_REMAP_IDS
@@ -114,8 +116,9 @@ async def _create(core: Core, pod: Pod, name: str, request: pb.CreateContainerRe
     with core.stages.track(container.id, "image volumes", label) as stage:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(_undo, core, container)
-            await image_volumes.mount_all(core, container)
-            spec = await _prepare(core, pod, container, image, request, stage)
+            labels = await selinux_labels.of_container(core, pod, config.linux.security_context)
+            await image_volumes.mount_all(core, container, labels.mount if labels else "")
+            spec = await _prepare(core, pod, container, image, request, labels, stage)
             stage.enter("storing")
             container.stage, container.created_at = "created", time.time_ns()
             await all_of(_store(core, pod, container, image, spec), core.state.save_container(container))
@@ -131,7 +134,8 @@ async def _create(core: Core, pod: Pod, name: str, request: pb.CreateContainerRe
 
 
 async def _prepare(
-    core: Core, pod: Pod, container: Container, image: ImageRecord, request: pb.CreateContainerRequest, stage: Stage
+    core: Core, pod: Pod, container: Container, image: ImageRecord, request: pb.CreateContainerRequest,
+    labels: selinux.Labels | None, stage: Stage,
 ) -> SpecBuilder:
     """Snapshot, user and volumes, then the specification: beside the snapshot, where nothing is looked up in it."""
     config = container.config
@@ -142,7 +146,8 @@ async def _prepare(
     known = None if volumes else _known_user(core, image, asked)
     if known is not None:
         made = await all_of(
-            _snapshot(core, container, image), _specification(core, pod, container, image, request, known, places, ())
+            _snapshot(core, container, image),
+            _specification(core, pod, container, image, request, known, places, (), labels),
         )
         faults.point(SNAPSHOT)
         builder: SpecBuilder = made[1]
@@ -152,12 +157,12 @@ async def _prepare(
     stage.enter("user and volumes")
     user = await _user_and_volumes(core, image, asked, mounts, volumes)
     stage.enter("specification")
-    return await _specification(core, pod, container, image, request, user, places, volumes)
+    return await _specification(core, pod, container, image, request, user, places, volumes, labels)
 
 
 async def _specification(
     core: Core, pod: Pod, container: Container, image: ImageRecord, request: pb.CreateContainerRequest, user: User,
-    places: container_spec.Places, volumes: Sequence[pb.Mount],
+    places: container_spec.Places, volumes: Sequence[pb.Mount], labels: selinux.Labels | None,
 ) -> SpecBuilder:
     """The specification; what the status tells of it is noted in `container`."""
     config = container.config
@@ -173,7 +178,7 @@ async def _specification(
         files=core.environments.files(pod.id), places=places, handler=handler,
         systemd=core.systemd_cgroups(handler_name), features=features(), volumes=volumes,
         seccomp_default=core.settings.cri.seccomp_default, cdi_folders=core.settings.cri.cdi_dirs,
-        id_mapped=core.id_mapped_folder(container.id),
+        id_mapped=core.id_mapped_folder(container.id), selinux=labels,
     )
     try:
         builder, mapped = await core.executors.run_io(container_spec.build, what)
@@ -240,7 +245,8 @@ def _volumes(core: Core, container: Container, image: ImageRecord) -> list[pb.Mo
             continue
         folder = core.container_folder(container.id) / "volumes" / ids.new_id()
         found.append(pb.Mount(
-            container_path=path, host_path=str(folder), uidMappings=userns.uids, gidMappings=userns.gids
+            container_path=path, host_path=str(folder), selinux_relabel=True, uidMappings=userns.uids,
+            gidMappings=userns.gids,
         ))
     return found
 

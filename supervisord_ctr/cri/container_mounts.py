@@ -18,6 +18,7 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri.id_mapped import IdMapped, map_text
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.names import check_line
+from supervisord_ctr.oci import selinux
 from supervisord_ctr.oci.spec import SpecBuilder
 from supervisord_ctr.sandbox.files import PodFiles
 
@@ -36,11 +37,12 @@ class Features:
 
 def apply(
     builder: SpecBuilder, requested: Sequence[pb.Mount], extra: Sequence[pb.Mount], *, features: Features,
-    host_cgroup_namespace: bool, id_mapped: Path,
+    host_cgroup_namespace: bool, id_mapped: Path, label: str = "",
 ) -> list[IdMapped]:
     """Put the mounts into the specification. Blocking: looks at the host's paths and makes missing ones.
 
-    Returns what has to be mounted with mapped owners below `id_mapped` before the container is made.
+    What is to be relabelled for SELinux gets `label`, unless that is "". Returns what has to be mounted with mapped
+    owners below `id_mapped` before the container is made.
     """
     wanted = list(requested)
     taken = {_clean(mount.container_path) for mount in wanted}
@@ -61,6 +63,9 @@ def apply(
     mapped: list[IdMapped] = []
     for mount in wanted:
         entry = _entry(builder, mount, features)
+        # An image volume is mounted with its label.
+        if label and mount.selinux_relabel and not mount.HasField("image"):
+            selinux.relabel(entry["source"], label)
         # An image volume is mapped where it is mounted.
         if (mount.uidMappings or mount.gidMappings) and not mount.HasField("image"):
             place = str(len(mapped))
@@ -181,10 +186,11 @@ def pod_mounts(files: PodFiles, config: pb.ContainerConfig) -> list[pb.Mount]:
     ):
         if path.exists():
             found.append(pb.Mount(
-                container_path=place, host_path=str(path), readonly=context.readonly_rootfs,
+                container_path=place, host_path=str(path), readonly=context.readonly_rootfs, selinux_relabel=True,
                 uidMappings=userns.uids, gidMappings=userns.gids,
             ))
-    shm = "/dev/shm" if context.namespace_options.ipc == pb.NODE else str(files.shm)
+    of_host = context.namespace_options.ipc == pb.NODE
+    shm = "/dev/shm" if of_host else str(files.shm)
     if os.path.isdir(shm):
-        found.append(pb.Mount(container_path="/dev/shm", host_path=shm))
+        found.append(pb.Mount(container_path="/dev/shm", host_path=shm, selinux_relabel=not of_host))
     return found

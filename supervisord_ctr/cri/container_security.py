@@ -1,24 +1,18 @@
 """The security context of a container, as parts of its OCI specification.
 
-Owns capabilities, privileged mode, seccomp, AppArmor, SELinux, `no_new_privs`, masked and read-only
-paths. A profile that cannot be had is an error that names it; nothing asked for is left out
-silently (D10), with one exception: SELinux options on a kernel without SELinux are noted in the log, once,
-since a kubelet sends them wherever a pod goes and every other runtime starts such a pod.
+Owns capabilities, privileged mode, seccomp, AppArmor, `no_new_privs`, masked and read-only paths; SELinux
+labels are made elsewhere (`selinux_labels`). A profile that cannot be had is an error that names it; nothing
+asked for is left out silently (D10).
 """
 
 from __future__ import annotations
-
-import functools
-import logging
-import os
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.names import check_line
 from supervisord_ctr.oci import apparmor, capabilities, seccomp
+from supervisord_ctr.oci.selinux import Labels
 from supervisord_ctr.oci.spec import SpecBuilder
-
-log = logging.getLogger(__name__)
 
 _POWERCAP = "/sys/devices/virtual/powercap"
 _LOCALHOST = "localhost/"
@@ -26,7 +20,7 @@ _LOCALHOST = "localhost/"
 
 def apply(
     builder: SpecBuilder, context: pb.LinuxContainerSecurityContext, pod: pb.LinuxSandboxSecurityContext,
-    *, host_devices: bool, seccomp_default: bool,
+    *, host_devices: bool, seccomp_default: bool, labels: Labels | None = None,
 ) -> None:
     """Everything but users, groups and namespaces. Call when mounts and devices are set."""
     if context.privileged and not pod.privileged:
@@ -40,7 +34,8 @@ def apply(
         builder.with_root(readonly=True)
     _seccomp(builder, context, seccomp_default)
     _apparmor(builder, context)
-    _selinux(builder, context, pod)
+    if labels is not None:
+        builder.with_selinux(labels.process, labels.mount)
 
 
 def _paths(builder: SpecBuilder, context: pb.LinuxContainerSecurityContext) -> None:
@@ -102,11 +97,6 @@ def _old_profile(text: str, default: bool) -> tuple[pb.SecurityProfile.ProfileTy
     raise errors.InvalidArgument(f"invalid seccomp profile {text!r}", kind="seccomp", key=text)
 
 
-def selinux_enabled() -> bool:
-    """Whether the kernel runs with SELinux."""
-    return os.path.exists("/sys/fs/selinux/enforce")
-
-
 def _apparmor(builder: SpecBuilder, context: pb.LinuxContainerSecurityContext) -> None:
     if context.HasField("apparmor"):
         kind, reference = context.apparmor.profile_type, context.apparmor.localhost_ref
@@ -136,28 +126,3 @@ def _apparmor(builder: SpecBuilder, context: pb.LinuxContainerSecurityContext) -
         if name not in apparmor.loaded():
             raise errors.NotFound(f"apparmor profile not found {name}", kind="apparmor", key=name)
     builder.with_apparmor(name)
-
-
-@functools.cache
-def _tell_of_selinux() -> None:
-    """Say once what is not honoured: a kubelet sends the options of a pod's author to every node, and a pod
-    that other runtimes start where the kernel has no selinux must start here too."""
-    log.warning("selinux options of containers mean nothing here: this kernel runs without selinux")
-
-
-def _selinux(
-    builder: SpecBuilder, context: pb.LinuxContainerSecurityContext, pod: pb.LinuxSandboxSecurityContext
-) -> None:
-    options = context.selinux_options if context.HasField("selinux_options") else pod.selinux_options
-    for value in (options.user, options.role, options.type, options.level):
-        check_line(value, "selinux option")
-    asked = bool(options.user or options.role or options.type or options.level)
-    if not selinux_enabled():
-        if asked:
-            _tell_of_selinux()
-        return
-    if context.privileged:
-        return
-    level = options.level or "s0"
-    label = ":".join((options.user or "system_u", options.role or "system_r", options.type or "container_t", level))
-    builder.with_selinux(label, f"system_u:object_r:container_file_t:{level}")

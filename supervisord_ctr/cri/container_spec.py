@@ -21,6 +21,7 @@ from supervisord_ctr.cri.id_mapped import IdMapped
 from supervisord_ctr.linux import cgroups
 from supervisord_ctr.names import check_line
 from supervisord_ctr.oci import cdi, devices
+from supervisord_ctr.oci.selinux import Labels
 from supervisord_ctr.oci.spec import DEFAULT_PATH, SpecBuilder
 from supervisord_ctr.oci.users import User
 from supervisord_ctr.sandbox.files import PodFiles
@@ -69,6 +70,7 @@ class Build:
     seccomp_default: bool = False
     cdi_folders: Sequence[str] = ()
     id_mapped: Path = Path()
+    selinux: Labels | None = None
 
 
 def build(what: Build) -> tuple[SpecBuilder, list[IdMapped]]:
@@ -88,11 +90,13 @@ def build(what: Build) -> tuple[SpecBuilder, list[IdMapped]]:
     mapped = container_mounts.apply(
         builder, what.config.mounts, [*container_mounts.pod_mounts(what.files, what.config), *what.volumes],
         features=what.features, host_cgroup_namespace=unified and not own_cgroup, id_mapped=what.id_mapped,
+        label=what.selinux.mount if what.selinux else "",
     )
     _devices(builder, what)
     container_security.apply(
         builder, context, what.pod.linux.security_context,
         host_devices=not what.handler.privileged_without_host_devices, seccomp_default=what.seccomp_default,
+        labels=what.selinux,
     )
     _namespaces(builder, what)
     apply_resources(builder, what.config.linux.resources)

@@ -35,8 +35,11 @@ def folder_of(core: Core, container_id: str) -> Path:
     return core.run / "image-volumes" / container_id
 
 
-async def mount_all(core: Core, container: Container) -> None:
-    """Mount every image volume and put its path into the request's mount, as if it were a host path."""
+async def mount_all(core: Core, container: Container, label: str) -> None:
+    """Mount every image volume and put its path into the request's mount, as if it were a host path.
+
+    Its files bear the SELinux label `label`, "" leaving them those that they have.
+    """
     for index, mount in enumerate(container.config.mounts):
         if not mount.HasField("image") or not mount.image.image:
             continue
@@ -56,7 +59,7 @@ async def mount_all(core: Core, container: Container) -> None:
             await core.images.unpack(image, container.snapshotter)
             layers = await snapshotter.view(CRI_NAMESPACE, key, image.chain_id, labels)
         target = folder_of(core, container.id) / str(index)
-        path = await core.executors.run_io(_mount, layers, target, mount.image_sub_path)
+        path = await core.executors.run_io(_mount, layers, target, mount.image_sub_path, label)
         mount.host_path, mount.image.image_ref = path, image.id
 
 
@@ -69,11 +72,14 @@ def _mapping_labels(mount: pb.Mount, capabilities: Collection[str]) -> dict[str,
     return {LABEL_UID_MAPPING: map_text(mount.uidMappings), LABEL_GID_MAPPING: map_text(mount.gidMappings)}
 
 
-def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str) -> str:
+def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str, label: str) -> str:
     """Mount the view and return what to bind: the mount, or a bind mount of what is at `sub_path` in it."""
     whole = target.with_name(target.name + "-image") if sub_path else target
     whole.mkdir(mode=0o711, parents=True, exist_ok=True)
-    system_mounts.mount_all([Mount(m.type, m.source, (*m.options, "ro"), m.target) for m in layers], whole)
+    found = system_mounts.with_context(layers, label)
+    system_mounts.mount_all([Mount(m.type, m.source, (*m.options, "ro"), m.target) for m in found], whole)
+    if label and found == layers:
+        _label_bind_mount(whole, target.with_name(target.name + "-empty"), label)
     if not sub_path:
         return str(whole)
     root = files.open_root(whole)
@@ -87,6 +93,13 @@ def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str) -> str:
     finally:
         os.close(root)
     return str(target)
+
+
+def _label_bind_mount(whole: Path, empty: Path, label: str) -> None:
+    """Cover a bind mount, which cannot have a label of its own, by an overlay of the same that can."""
+    empty.mkdir(mode=0o711, exist_ok=True)
+    cover = Mount("overlay", "overlay", (f"lowerdir={whole}:{empty}", "ro"))
+    system_mounts.mount_all(system_mounts.with_context((cover,), label), whole)
 
 
 def _open_below(root: int, sub_path: str) -> int:

@@ -19,7 +19,7 @@ from google.protobuf import json_format
 
 from supervisord_ctr import errors, faults
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import bandwidth, container_spec, ids, userns
+from supervisord_ctr.cri import bandwidth, container_spec, ids, selinux_labels, userns
 from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.core import Core, Stage, all_of
 from supervisord_ctr.cri.pods_pause import ensure_pause, watch_pause
@@ -157,7 +157,7 @@ async def _run(core: Core, name: str, request: pb.RunPodSandboxRequest) -> str:
     net = None if pod.host_network else network_request(core, pod_id, pod.config)
     label = f"{pod.config.metadata.namespace}/{pod.config.metadata.name}"
     with core.stages.track(pod_id, "namespaces", label) as stage:
-        async with contextlib.AsyncExitStack() as undo:
+        async with selinux_labels.labelled(core, pod), contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(_undo, core, pod)
             await _make(core, pod, wanted, net, stage)
             stage.enter("record")

@@ -59,7 +59,10 @@ def _unpack(kind: type[M], text: str) -> M:
 
 @dataclass
 class Pod:
-    """A sandbox. `stage` is "creating", "ready", "stopping", "stopped" or "removing"."""
+    """A sandbox. `stage` is "creating", "ready", "stopping", "stopped" or "removing".
+
+    `selinux` is what its containers' processes are labelled with, "" where nothing is.
+    """
 
     id: str
     name: str
@@ -74,6 +77,7 @@ class Pod:
     resources: pb.LinuxContainerResources | None = None
     overhead: pb.LinuxContainerResources | None = None
     runtime: str = ""
+    selinux: str = ""
     _item: pb.PodSandbox | None = field(default=None, repr=False)
     _status: pb.PodSandboxStatus | None = field(default=None, repr=False)
 
@@ -130,7 +134,7 @@ class Pod:
             "v": 1, "id": self.id, "name": self.name, "config": _pack(self.config), "handler": self.handler,
             "stage": self.stage, "created_at": self.created_at, "addresses": self.addresses,
             "network_down": self.network_down, "pause_pid": self.pause_pid, "pause_start": self.pause_start,
-            "runtime": self.runtime,
+            "runtime": self.runtime, "selinux": self.selinux,
         }
         for name in ("resources", "overhead"):
             message = getattr(self, name)
@@ -146,6 +150,7 @@ class Pod:
             value["id"], value["name"], _unpack(pb.PodSandboxConfig, value["config"]), value["handler"],
             value["stage"], value["created_at"], list(value["addresses"]), bool(value["network_down"]),
             value["pause_pid"], value["pause_start"], runtime=value.get("runtime", ""),
+            selinux=value.get("selinux", ""),
         )
         for name in ("resources", "overhead"):
             if name in value:

@@ -9,11 +9,11 @@ from typing import Any
 
 from supervisord_ctr import __version__, errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import container_security
+from supervisord_ctr.cri import selinux_labels
 from supervisord_ctr.cri.container_create import features
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.linux import cgroups
-from supervisord_ctr.oci import apparmor
+from supervisord_ctr.oci import apparmor, selinux
 
 #: Version of the kubelet's side of the interface, and of CRI.
 _KUBE_API, _CRI_API = "0.1.0", "v1"
@@ -65,7 +65,7 @@ def _information(core: Core, reason: str) -> dict[str, Any]:
         "cniconfig": {"networks": networks}, "lastCNILoadStatus": reason or "OK",
         "host": {
             "cgroups": cgroups.hierarchy().mode, "apparmor": apparmor.enabled(),
-            "selinux": container_security.selinux_enabled(), "kernel": platform.release(),
+            "selinux": selinux.enabled(), "kernel": platform.release(),
             "python": platform.python_version(),
         },
         "operations": core.stages.all(),
@@ -94,7 +94,8 @@ def _settings(core: Core) -> dict[str, Any]:
                 "maxConfNum": cri.cni.max_conf_num},
         "maxContainerLogLineSize": cri.max_log_line, "enableCDI": True, "cdiSpecDirs": cri.cdi_dirs,
         "containerdEndpoint": core.settings.address, "containerdRootDir": core.settings.root,
-        "rootDir": str(core.root), "stateDir": str(core.run), "enableSelinux": container_security.selinux_enabled(),
+        "rootDir": str(core.root), "stateDir": str(core.run), "enableSelinux": selinux_labels.in_force(core),
+        "selinuxCategoryRange": cri.selinux_category_range,
         "drainExecSyncIOTimeout": f"{cri.drain_exec_io_timeout:g}s",
     }
 

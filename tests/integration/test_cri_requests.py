@@ -10,9 +10,8 @@ import grpc
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import container_security
 from supervisord_ctr.linux import cgroups
-from supervisord_ctr.oci import apparmor
+from supervisord_ctr.oci import apparmor, selinux
 from tests.support.cri import Cri, running_cri
 from tests.support.daemon import wait_until
 
@@ -53,7 +52,7 @@ def test_a_profile_of_apparmor_is_refused_by_name_where_the_kernel_has_none(cri:
         assert cri.wait_exited(container).exit_code == 0
 
 
-@pytest.mark.skipif(container_security.selinux_enabled(), reason="this kernel has SELinux")
+@pytest.mark.skipif(selinux.enabled(), reason="this kernel has SELinux")
 def test_options_of_selinux_mean_nothing_where_the_kernel_has_none(cri: Cri) -> None:
     pod, config = cri.run_pod()
     wanted = cri.container_config("true")

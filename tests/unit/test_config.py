@@ -63,6 +63,7 @@ def test_a_moved_state_takes_the_socket_along(tmp_path: Path) -> None:
         ("root = ", "configuration file"),
         ('[proxy_plugins.x]\ntype = "snapshot"', "proxy_plugins.x needs an address"),
         ('[proxy_plugins.x]\ntype = "content"\naddress = "/s"', "type 'content' is not supported, only snapshot is"),
+        ('[cri]\nselinux_category_range = 1', "cri.selinux_category_range 1 must be from 2 to 1024"),
         ('[cri]\nmax_log_line = 0', "cri.max_log_line 0 must be from 256"),
         ('[cri]\nsandbox_image = "pause"', "unknown key cri.sandbox_image"),
         (f'address = "/{"a" * 120}"', "107 bytes"),

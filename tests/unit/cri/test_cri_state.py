@@ -21,7 +21,7 @@ def container(identity: str = "c1", pod_id: str = "a1") -> Container:
 
 
 def test_records_read_back() -> None:
-    made = pod(addresses=["10.0.0.1", "fd00::1"], pause_pid=7, pause_start=8)
+    made = pod(addresses=["10.0.0.1", "fd00::1"], pause_pid=7, pause_start=8, selinux="u:r:t:s0:c1,c2")
     made.resources = pb.LinuxContainerResources(cpu_shares=3)
     assert Pod.decode(made.encode()) == made
     kept = container()
