@@ -2,7 +2,8 @@
 
 Number 1 of a new PID namespace: it reaps and does nothing else. A fork of the zygote, stripped before it
 serves: private mount namespace with an empty read-only root, no descriptors, no capabilities,
-no_new_privs, not dumpable, a seccomp filter that leaves waiting and reaping.
+no_new_privs, not dumpable, a seccomp filter that leaves waiting and reaping. Where SELinux is in force, it has
+the label of its pod, whose containers see it as number 1.
 
 It must not be able to do anything useful for somebody who takes it over, so what a new feature would
 need here is a reason against the feature.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from supervisord_ctr.linux import cgroups, libc, mounts, namespaces, processes
+from supervisord_ctr.model import Mount
 
 #: rt_sigreturn rt_sigprocmask rt_sigaction rt_sigtimedwait wait4 exit exit_group futex mmap munmap brk madvise
 #: getpid gettid restart_syscall clock_nanosleep, and write and close for the report: no descriptor is left after it
@@ -25,7 +28,17 @@ _ALLOWED = {
 _SIGNALS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
 
 
-def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str], report: int) -> None:
+@dataclass(frozen=True)
+class Labels:
+    """SELinux labels of the process and of its root; "" is none."""
+
+    process: str = ""
+    mount: str = ""
+
+
+def become(
+    enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str], labels: Labels, report: int
+) -> None:
     """Turn the calling process (a fresh fork with one thread) into a parent of the pause process.
 
     Enters the namespaces, joins the cgroups, forks once into a new PID namespace, writes the pid (as the
@@ -51,8 +64,9 @@ def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str
     pid = libc.fork()
     if pid == 0:
         try:
-            _strip(keep=stripped)
-            _serve(stripped)
+            label = _open_label() if labels.process else -1
+            _strip(labels.mount, {stripped, label})
+            _serve(stripped, label, labels.process)
         except BaseException as error:
             os.write(stripped, f"{type(error).__name__}: {error}".encode()[:400])
         os._exit(1)
@@ -64,25 +78,34 @@ def become(enter: Sequence[tuple[str, int]], hostname: str, groups: Sequence[str
     os._exit(0)
 
 
-def _strip(keep: int) -> None:
+def _open_label() -> int:
+    """What the label of this process is written to, opened while there is a /proc."""
+    return os.open("/proc/thread-self/attr/current", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _strip(mount_label: str, keep: Iterable[int]) -> None:
     os.setsid()
     processes.set_name("pctr-pause")
     processes.set_title("pctr-pause")
     processes.set_parent_death_signal(0)
-    _empty_root()
-    os.closerange(0, keep)
-    os.closerange(keep + 1, 1 << 16)
+    _empty_root(mount_label)
+    first = 0
+    for fd in sorted(fd for fd in keep if fd >= 0):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 1 << 16)
     os.setgroups([])
     processes.set_no_new_privileges()
     processes.drop_capabilities()
 
 
-def _empty_root() -> None:
+def _empty_root(label: str) -> None:
     """An empty, read-only file system as the only one (pivot_root(2), "pivot_root(".", ".")")."""
     libc.unshare(namespaces.CLONE_NEWNS | namespaces.CLONE_FS)
     mounts.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE)
     flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
-    mounts.mount("tmpfs", "/tmp", "tmpfs", flags, "size=4k,nr_inodes=2,mode=555")
+    root = Mount("tmpfs", "tmpfs", ("nosuid", "nodev", "noexec", "size=4k", "nr_inodes=2", "mode=555"))
+    mounts.mount_all(mounts.with_context((root,), label), "/tmp")
     os.chdir("/tmp")
     pivot = {"x86_64": 155, "aarch64": 41}[os.uname().machine]
     libc.syscall(pivot, b".", b".", path="/tmp")
@@ -91,14 +114,22 @@ def _empty_root() -> None:
     mounts.mount("", "/", "", flags | mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_BIND)
 
 
-def _serve(report: int) -> None:
+def _serve(report: int, label_fd: int, label: str) -> None:
     """Say that all is done, lock the door, reap for ever. SIGTERM and SIGINT end the namespace."""
+    wanted = label.encode()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     allowed = _ALLOWED[os.uname().machine]
     wait, reap, leave = signal.sigwaitinfo, os.waitpid, os._exit
     processes.set_dumpable(False)
     processes.allow_only_syscalls(allowed)
     os.write(report, b"ok")
+    if label_fd >= 0:
+        # Last, since under its label it may not write to the pipe; a policy that refuses keeps it as it was.
+        try:
+            os.write(label_fd, wanted)
+        except OSError:
+            pass
+        os.close(label_fd)
     os.close(report)
     while True:
         number = wait(_SIGNALS).si_signo

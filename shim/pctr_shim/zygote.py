@@ -35,13 +35,14 @@ or `{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `error
     "env": {}               added to the environment of the runtime and of loggers
 
 `{"op": "fork-pause", "serial": N, "netns": "/path", "ipcns": "/path", "utsns": "/path", "userns": "",
-"hostname": "", "cgroups": []}`
+"hostname": "", "cgroups": [], "label": "", "mount_label": ""}`
     → `{"serial": N, "pid": PID, "start_time": TICKS}`
 
     A process that is number 1 of a new PID namespace, for pods whose containers share one (design:
     pods without a pause image). Containers join `/proc/PID/ns/pid`. Paths are optional: "" keeps the
     zygote's namespace. It has an empty read-only root, no descriptors, no capabilities,
     no_new_privs, a seccomp filter, is not dumpable and reaps. SIGKILL it to end the namespace.
+    `label` and `mount_label` are SELinux labels of the process and of its root.
 
 `{"op": "cleanup", "serial": N, "namespace": "default", "id": "c1", "bundle": "/run/…/c1", "runtime": "runc",
 "runtime_root": "…"}`
@@ -253,9 +254,9 @@ class Zygote:
         if pid == 0:
             try:
                 self._leave()
-                pause.become(
-                    enter, str(request.get("hostname", "")), [str(f) for f in request.get("cgroups", [])], writer
-                )
+                labels = pause.Labels(str(request.get("label", "")), str(request.get("mount_label", "")))
+                groups = [str(folder) for folder in request.get("cgroups", [])]
+                pause.become(enter, str(request.get("hostname", "")), groups, labels, writer)
             except BaseException as error:
                 os.write(writer, f"error {type(error).__name__}: {error}".encode()[:500])
             os._exit(1)

@@ -7,7 +7,7 @@ import os
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from supervisord_ctr.cri import pipes
+from supervisord_ctr.cri import pipes, selinux_labels
 from supervisord_ctr.cri.container_report import publish_pod
 from supervisord_ctr.cri.core import Core
 from supervisord_ctr.cri.state import Pod
@@ -31,12 +31,13 @@ async def ensure_pause(core: Core, pod: Pod) -> int:
             )
         own = core.environments.namespace
         options = pod.namespaces
+        labels = await selinux_labels.of_pause(core, pod)
         pid, started = await core.forker.fork_pause(
             netns="" if pod.host_network else str(own(pod.id, "net")),
             ipcns="" if options.ipc == pb.NODE else str(own(pod.id, "ipc")),
             utsns="" if pod.host_network else str(own(pod.id, "uts")),
             userns=str(own(pod.id, "user")) if options.userns_options.uids else "",
-            hostname=pod.config.hostname,
+            hostname=pod.config.hostname, label=labels.process, mount_label=labels.mount,
         )
         pod.pause_pid, pod.pause_start = pid, started
         if pod.stage != "creating":

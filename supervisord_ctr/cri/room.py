@@ -41,10 +41,12 @@ class _Forker:
         self._zygote = zygote
 
     async def fork_pause(
-        self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "", hostname: str = ""
+        self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "", hostname: str = "",
+        label: str = "", mount_label: str = "",
     ) -> tuple[int, int]:
         forked = await self._zygote.fork_pause(
-            netns=netns, ipcns=ipcns, utsns=utsns, userns=userns, hostname=hostname
+            netns=netns, ipcns=ipcns, utsns=utsns, userns=userns, hostname=hostname, label=label,
+            mount_label=mount_label,
         )
         return forked.pid, forked.start_time
 

@@ -94,8 +94,20 @@ async def of_container(core: Core, pod: Pod, context: pb.LinuxContainerSecurityC
     if not pod.selinux:
         async with labelled(core, pod):
             await core.state.save_pod(pod)
-    labels = selinux.container_labels(found, selinux.Context.parse(pod.selinux), asked)
-    if context.privileged:
-        labels = selinux.Labels("", labels.mount)
+    labels = _labels(found, pod, asked, context.privileged)
     await core.executors.run_io(selinux.check_known, labels.process, labels.mount)
     return labels
+
+
+async def of_pause(core: Core, pod: Pod) -> selinux.Labels:
+    """The labels of the process that holds the PID namespace of the pod."""
+    nothing_more = selinux.Asked()
+    found = await _defaults(core, nothing_more) if pod.selinux else None
+    if found is None:
+        return selinux.Labels("", "")
+    return _labels(found, pod, nothing_more, pod.config.linux.security_context.privileged)
+
+
+def _labels(found: selinux.Defaults, pod: Pod, asked: selinux.Asked, privileged: bool) -> selinux.Labels:
+    labels = selinux.container_labels(found, selinux.Context.parse(pod.selinux), asked)
+    return selinux.Labels("", labels.mount) if privileged else labels

@@ -110,11 +110,12 @@ class Zygote:
         return Forked(reply["pid"], reply.get("start_time", 0), reply["address"])
 
     async def fork_pause(self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "",
-                         hostname: str = "", cgroups: Sequence[str] = ()) -> Forked:
-        """Number 1 of a new PID namespace for a pod (D7)."""
+                         hostname: str = "", cgroups: Sequence[str] = (), label: str = "",
+                         mount_label: str = "") -> Forked:
+        """Number 1 of a new PID namespace for a pod (D7); SELinux labels are of the process and of its root."""
         reply = await self.request(
             "fork-pause", netns=netns, ipcns=ipcns, utsns=utsns, userns=userns, hostname=hostname,
-            cgroups=list(cgroups),
+            cgroups=list(cgroups), label=label, mount_label=mount_label,
         )
         return Forked(reply["pid"], reply.get("start_time", 0))
 

@@ -16,9 +16,13 @@ class Forker(Protocol):
     """Makes the process."""
 
     async def fork_pause(
-        self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "", hostname: str = ""
+        self, *, netns: str = "", ipcns: str = "", utsns: str = "", userns: str = "", hostname: str = "",
+        label: str = "", mount_label: str = "",
     ) -> tuple[int, int]:
-        """A process that is number 1 of a new PID namespace; returns its PID and start time (ticks)."""
+        """A process that is number 1 of a new PID namespace; returns its PID and start time (ticks).
+
+        SELinux labels are of the process and of its root.
+        """
         ...
 
 

@@ -143,6 +143,14 @@ def test_the_hosts_processes_are_seen_under_the_label_of_the_pod(cri: Cri, pod: 
     assert Running(cri, pod, config).process == Running(cri, pod).process
 
 
+def test_number_one_of_a_shared_pid_namespace_has_the_label_of_the_pod(cri: Cri) -> None:
+    mine = cri.run_pod(cri.pod_config(pid=pb.POD))
+    made = Running(cri, mine, cri.container_config("", pid=pb.POD))
+    assert cri.exec(made.id, "cat", "/proc/1/attr/current").stdout.decode().strip("\0\n") == made.process
+    assert f'context="{file_label(made.process)}"' in cri.exec(made.id, "cat", "/proc/1/mountinfo").stdout.decode()
+    cri.remove_pod(mine[0])
+
+
 def test_volumes_are_relabelled_where_that_is_asked_for(cri: Cri, pod: Pod, tmp_path: Path) -> None:
     config = cri.container_config("")
     for name in ("mine", "plain"):

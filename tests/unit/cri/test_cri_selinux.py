@@ -155,6 +155,18 @@ async def test_privileged_containers_have_labelled_files_only() -> None:
     )
 
 
+@pytest.mark.parametrize("privileged", [False, True])
+async def test_the_process_of_the_pod_is_labelled_as_its_containers_are(privileged: bool) -> None:
+    made, mine = core(), pod("a", type="pod_t")
+    assert await selinux_labels.of_pause(made, mine) == selinux.Labels("", "")
+    mine.config.linux.security_context.privileged = privileged
+    await label(made, mine)
+    context = pb.LinuxContainerSecurityContext(privileged=privileged)
+    labels = await selinux_labels.of_pause(made, mine)
+    assert labels == await selinux_labels.of_container(made, mine, context)
+    assert bool(labels.process) is not privileged
+
+
 async def test_a_pod_from_before_is_labelled_with_its_next_container() -> None:
     made, old = core(), pod()
     made.state.add_pod(old)
