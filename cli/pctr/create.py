@@ -420,8 +420,8 @@ def _prepare(client: Client, request: light.PrepareSnapshotRequest, args: Any) -
             if args.remap_labels or mapped.can_map(client, request.snapshotter):
                 request.labels = mapped.labels(uids, gids)
             else:
-                stack.enter_context(Lease(client))
-                request.parent = mapped.mapped_parent(client, request.snapshotter, request.parent, uids, gids)
+                lease = stack.enter_context(Lease(client))
+                request.parent = mapped.mapped_parent(client, lease, request.snapshotter, request.parent, uids, gids)
         return client.unary(SNAPSHOTS + "Prepare", request, light.PrepareSnapshotResponse).mounts
 
 

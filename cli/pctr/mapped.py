@@ -7,11 +7,14 @@ import os
 import stat
 from collections.abc import Sequence
 
+from google.protobuf.empty_pb2 import Empty
+
 from pctr.command import Failed, new_id
-from pctr.rpc import INTROSPECTION, Client
-from pctr.services import Lease, commit_snapshot, prepare_snapshot, remove_snapshot, stat_snapshot
+from pctr.rpc import INTROSPECTION, LEASES, Client
+from pctr.services import commit_snapshot, prepare_snapshot, remove_snapshot, stat_snapshot
 from supervisord_ctr import errors
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
+from supervisord_ctr.api.services.leases.v1 import leases_pb2
 from supervisord_ctr.linux.mounts import temp_mount
 from supervisord_ctr.model import Mount
 
@@ -35,30 +38,32 @@ def can_map(client: Client, snapshotter: str) -> bool:
 
 
 def mapped_parent(
-    client: Client, snapshotter: str, parent: str, uids: Sequence[Mapping], gids: Sequence[Mapping]
+    client: Client, lease: str, snapshotter: str, parent: str, uids: Sequence[Mapping], gids: Sequence[Mapping]
 ) -> str:
-    """The name of a copy of `parent` with mapped owners, made unless it is there. Call under a lease.
+    """The name of a copy of `parent` with mapped owners, made unless it is there; `lease`, which is in use, keeps it.
 
     Fails when a file belongs to somebody whom the mappings leave out.
     """
     name = f"{parent}-{_text(uids)}-{_text(gids)}"
+    # First: what was there a moment ago may be collected, since only the containers that use it hold it.
+    resource = leases_pb2.Resource(id=name, type=f"snapshots/{snapshotter}")
+    client.unary(LEASES + "AddResource", leases_pb2.AddResourceRequest(id=lease, resource=resource), Empty)
     with contextlib.suppress(errors.NotFound):
         stat_snapshot(client, snapshotter, name)
         return name
-    with Lease(client):
-        key = f"remap-{new_id()} {name}"
-        mounts = prepare_snapshot(client, snapshotter, key, parent)
-        try:
-            with temp_mount([Mount(m.type, m.source, tuple(m.options), m.target) for m in mounts]) as root:
-                change_owners(root, uids, gids)
-            with contextlib.suppress(errors.AlreadyExists):
-                commit_snapshot(client, snapshotter, name, key)
-                return name
-        except BaseException:
-            with contextlib.suppress(errors.Error):
-                remove_snapshot(client, snapshotter, key)
-            raise
-        remove_snapshot(client, snapshotter, key)
+    key = f"remap-{new_id()} {name}"
+    mounts = prepare_snapshot(client, snapshotter, key, parent)
+    try:
+        with temp_mount([Mount(m.type, m.source, tuple(m.options), m.target) for m in mounts]) as root:
+            change_owners(root, uids, gids)
+        with contextlib.suppress(errors.AlreadyExists):
+            commit_snapshot(client, snapshotter, name, key)
+            return name
+    except BaseException:
+        with contextlib.suppress(errors.Error):
+            remove_snapshot(client, snapshotter, key)
+        raise
+    remove_snapshot(client, snapshotter, key)
     return name
 
 
