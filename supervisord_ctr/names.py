@@ -24,6 +24,10 @@ LABEL_GC_REF_CONTENT = "containerd.io/gc.ref.content"
 LABEL_GC_REF_SNAPSHOT = "containerd.io/gc.ref.snapshot."
 LABEL_SHAREABLE = "containerd.io/namespace.shareable"
 LABEL_SNAPSHOT_REF = "containerd.io/snapshot.ref"
+#: How the owners in a snapshot are to be mapped (`linux.idmaps.text`), and what a snapshotter says that can.
+LABEL_UID_MAPPING = "containerd.io/snapshot/uidmapping"
+LABEL_GID_MAPPING = "containerd.io/snapshot/gidmapping"
+CAPABILITY_REMAP_IDS = "remap-ids"
 LABEL_UNCOMPRESSED = "containerd.io/uncompressed"
 LABEL_DISTRIBUTION_SOURCE = "containerd.io/distribution.source."
 

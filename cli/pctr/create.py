@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pctr.command import Arguments
+    from supervisord_ctr.linux.idmaps import IdMap
     from supervisord_ctr.oci.users import User
 
 STOP_SIGNAL_LABEL = "io.containerd.image.config.stop-signal"
@@ -174,11 +175,24 @@ def _volume(text: str) -> dict[str, Any]:
     return {"destination": parts[1], "type": "bind", "source": parts[0], "options": ["rbind", *filter(None, words)]}
 
 
-def _mapping(text: str) -> tuple[int, int, int]:
+def id_maps(args: Any) -> tuple[list[IdMap], list[IdMap]]:
+    """The ranges of `--uidmap` and of `--gidmap`: both, or neither."""
+    if args.config and (args.uidmap or args.gidmap):
+        raise UsageError(f"--uidmap and --gidmap cannot be given with --config: {args.config} states its own mappings")
+    if bool(args.uidmap) != bool(args.gidmap):
+        raise UsageError("--uidmap and --gidmap go together")
+    if args.remap_labels and not args.uidmap:
+        raise UsageError("--remap-labels needs --uidmap and --gidmap")
+    return [_mapping(entry) for entry in args.uidmap], [_mapping(entry) for entry in args.gidmap]
+
+
+def _mapping(text: str) -> IdMap:
     parts = text.split(":")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise UsageError(f"mapping {text!r} is not INSIDE:OUTSIDE:LENGTH")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+    from supervisord_ctr.linux.idmaps import IdMap
+
+    return IdMap(*map(int, parts))
 
 
 def build_spec(
@@ -267,11 +281,9 @@ def _isolation(builder: SpecBuilder, args: Any) -> None:
         if not path.startswith("/"):
             raise UsageError(f"namespace {entry!r} is not TYPE:/PATH")
         builder.with_namespace(kind, path)
-    if bool(args.uidmap) != bool(args.gidmap):
-        raise UsageError("--uidmap and --gidmap go together")
-    if args.uidmap:
-        mappings = [_mapping(entry) for entry in args.uidmap], [_mapping(entry) for entry in args.gidmap]
-        builder.with_user_namespace(*mappings)
+    uids, gids = id_maps(args)
+    if uids:
+        builder.with_user_namespace(uids, gids)
     if args.hostname:
         builder.with_hostname(args.hostname)
     if args.sysctl:
@@ -372,15 +384,15 @@ def resolve_user(mounts: list[light.Mount], rootfs: str, user: str) -> User | No
 
 def runtime_options(args: Any) -> light.Any_ | None:
     """containerd.runc.v1.Options when any is set."""
-    if not (args.runc_binary or args.runc_root or args.runc_systemd_cgroup or args.uidmap):
+    uids, gids = id_maps(args)
+    if not (args.runc_binary or args.runc_root or args.runc_systemd_cgroup or uids):
         return None
     from supervisord_ctr.api.runc.v1 import options_pb2
 
     options = options_pb2.Options(
         binary_name=args.runc_binary or "", root=args.runc_root or "", systemd_cgroup=args.runc_systemd_cgroup,
         # The pipes belong to root of the user namespace; nobody in there could open /dev/stdout otherwise.
-        io_uid=_mapping(args.uidmap[0])[1] if args.uidmap else 0,
-        io_gid=_mapping(args.gidmap[0])[1] if args.uidmap else 0,
+        io_uid=uids[0].outside if uids else 0, io_gid=gids[0].outside if gids else 0,
     )
     return light.Any_(type_url=RUNC_OPTIONS_URL, value=options.SerializeToString())
 
@@ -412,11 +424,11 @@ def _snapshot(client: Client, snapshotter: str, key: str, image: ImageConfig, ar
 
 def _prepare(client: Client, request: light.PrepareSnapshotRequest, args: Any) -> list[light.Mount]:
     with contextlib.ExitStack() as stack:
-        if args.uidmap:
+        uids, gids = id_maps(args)
+        if uids:
             from pctr import mapped
             from pctr.services import Lease
 
-            uids, gids = ([_mapping(entry) for entry in entries] for entries in (args.uidmap, args.gidmap))
             if args.remap_labels or mapped.can_map(client, request.snapshotter):
                 request.labels = mapped.labels(uids, gids)
             else:

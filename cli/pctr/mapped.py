@@ -15,36 +15,35 @@ from pctr.services import commit_snapshot, prepare_snapshot, remove_snapshot, st
 from supervisord_ctr import errors
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
 from supervisord_ctr.api.services.leases.v1 import leases_pb2
+from supervisord_ctr.linux import idmaps
+from supervisord_ctr.linux.idmaps import IdMap
 from supervisord_ctr.linux.mounts import temp_mount
 from supervisord_ctr.model import Mount
+from supervisord_ctr.names import CAPABILITY_REMAP_IDS, LABEL_GID_MAPPING, LABEL_UID_MAPPING
 
-Mapping = tuple[int, int, int]
-_LABEL_UIDS = "containerd.io/snapshot/uidmapping"
-_LABEL_GIDS = "containerd.io/snapshot/gidmapping"
-_CAPABILITY = "remap-ids"
 _FILE_CAPABILITIES = "security.capability"
 
 
-def labels(uids: Sequence[Mapping], gids: Sequence[Mapping]) -> dict[str, str]:
+def labels(uids: Sequence[IdMap], gids: Sequence[IdMap]) -> dict[str, str]:
     """What a snapshotter that maps owners is told."""
-    return {_LABEL_UIDS: _text(uids), _LABEL_GIDS: _text(gids)}
+    return {LABEL_UID_MAPPING: idmaps.text(uids), LABEL_GID_MAPPING: idmaps.text(gids)}
 
 
 def can_map(client: Client, snapshotter: str) -> bool:
     """Whether the snapshotter says that it maps owners by itself."""
     request = introspection_pb2.PluginsRequest(filters=[f"type==io.containerd.snapshotter.v1,id=={snapshotter}"])
     found = client.unary(INTROSPECTION + "Plugins", request, introspection_pb2.PluginsResponse)
-    return any(_CAPABILITY in plugin.capabilities for plugin in found.plugins)
+    return any(CAPABILITY_REMAP_IDS in plugin.capabilities for plugin in found.plugins)
 
 
 def mapped_parent(
-    client: Client, lease: str, snapshotter: str, parent: str, uids: Sequence[Mapping], gids: Sequence[Mapping]
+    client: Client, lease: str, snapshotter: str, parent: str, uids: Sequence[IdMap], gids: Sequence[IdMap]
 ) -> str:
     """The name of a copy of `parent` with mapped owners, made unless it is there; `lease`, which is in use, keeps it.
 
     Fails when a file belongs to somebody whom the mappings leave out.
     """
-    name = f"{parent}-{_text(uids)}-{_text(gids)}"
+    name = f"{parent}-{idmaps.text(uids)}-{idmaps.text(gids)}"
     # First: what was there a moment ago may be collected, since only the containers that use it hold it.
     resource = leases_pb2.Resource(id=name, type=f"snapshots/{snapshotter}")
     client.unary(LEASES + "AddResource", leases_pb2.AddResourceRequest(id=lease, resource=resource), Empty)
@@ -67,7 +66,7 @@ def mapped_parent(
     return name
 
 
-def change_owners(root: str, uids: Sequence[Mapping], gids: Sequence[Mapping]) -> None:
+def change_owners(root: str, uids: Sequence[IdMap], gids: Sequence[IdMap]) -> None:
     """Give everything below `root` to those whom its owners are outside. No link is followed."""
     for path, folders, files, folder in os.fwalk(root, follow_symlinks=False):
         names = [*files, *(name for name in folders if stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode))]
@@ -76,7 +75,7 @@ def change_owners(root: str, uids: Sequence[Mapping], gids: Sequence[Mapping]) -
         _change(path, ".", folder, uids, gids)
 
 
-def _change(path: str, name: str, folder: int, uids: Sequence[Mapping], gids: Sequence[Mapping]) -> None:
+def _change(path: str, name: str, folder: int, uids: Sequence[IdMap], gids: Sequence[IdMap]) -> None:
     found = os.lstat(name, dir_fd=folder)
     uid, gid = _outside(uids, found.st_uid), _outside(gids, found.st_gid)
     if uid is None or gid is None:
@@ -97,15 +96,9 @@ def _change(path: str, name: str, folder: int, uids: Sequence[Mapping], gids: Se
         os.setxattr(through, _FILE_CAPABILITIES, capabilities, follow_symlinks=False)
 
 
-def _outside(maps: Sequence[Mapping], owner: int) -> int | None:
+def _outside(maps: Sequence[IdMap], owner: int) -> int | None:
     """Who `owner` is outside; whoever is mapped already (another name of a file) stays. None for a stranger."""
-    for inside, outside, count in maps:
-        if inside <= owner < inside + count:
-            return outside + owner - inside
-    if any(outside <= owner < outside + count for _, outside, count in maps):
+    found = idmaps.outside(maps, owner)
+    if found is None and any(entry.outside <= owner < entry.outside + entry.size for entry in maps):
         return owner
-    return None
-
-
-def _text(maps: Sequence[Mapping]) -> str:
-    return ",".join(":".join(map(str, entry)) for entry in maps)
+    return found

@@ -13,6 +13,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from pctr.command import new_id
+from pctr.reports import DOCTOR_PART
 from pctr.rpc import INTROSPECTION, STREAMING, TRANSFER, Call, Client
 from supervisord_ctr import errors
 from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
@@ -53,7 +54,7 @@ def answer(credentials: Credentials, request: transfer_pb2.AuthRequest) -> trans
 
 
 #: Parts that only daemons have whose transfers heed what a request says of hosts: this one, and containerd from 2.0 on.
-_WHOLE = ("type==io.supervisord-ctr.doctor.v1", "type==io.containerd.image-verifier.v1")
+_WHOLE = (f"type=={DOCTOR_PART[0]}", "type==io.containerd.image-verifier.v1")
 
 
 class Transfer:

@@ -36,15 +36,21 @@ from supervisord_ctr.cri.core import Core, Stage, all_of
 from supervisord_ctr.cri.image_store import ImageRecord
 from supervisord_ctr.cri.pods_pause import ensure_pause
 from supervisord_ctr.cri.state import Container, Pod
+from supervisord_ctr.linux import idmaps
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.model import Container as StoredContainer
 from supervisord_ctr.model import Mount, TypedValue
-from supervisord_ctr.names import CRI_NAMESPACE, LABEL_GC_ROOT, check_line
+from supervisord_ctr.names import (
+    CAPABILITY_REMAP_IDS,
+    CRI_NAMESPACE,
+    LABEL_GC_ROOT,
+    LABEL_GID_MAPPING,
+    LABEL_UID_MAPPING,
+    check_line,
+)
 from supervisord_ctr.oci import selinux
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder
 from supervisord_ctr.oci.users import User
-from supervisord_ctr.snapshots import CAPABILITY_REMAP_IDS
-from supervisord_ctr.snapshots.interface import LABEL_GID_MAPPING, LABEL_UID_MAPPING
 
 log = logging.getLogger(__name__)
 
@@ -222,8 +228,7 @@ async def _snapshot(core: Core, container: Container, image: ImageRecord) -> tup
             raise errors.FailedPrecondition(
                 f"snapshotter {container.snapshotter!r} does not support user namespaces", kind="snapshotter"
             )
-        labels[LABEL_UID_MAPPING] = f"{uids[0].inside}:{uids[0].outside}:{uids[0].count}"
-        labels[LABEL_GID_MAPPING] = f"{gids[0].inside}:{gids[0].outside}:{gids[0].count}"
+        labels[LABEL_UID_MAPPING], labels[LABEL_GID_MAPPING] = idmaps.text(uids), idmaps.text(gids)
     parent = image.chain_id
     # Not durable by itself: the stored container that needs it is, and takes it along.
     try:

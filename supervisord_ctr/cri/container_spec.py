@@ -168,8 +168,8 @@ def _namespaces(builder: SpecBuilder, what: Build) -> None:
     uids, gids = userns.mappings(options)
     if uids:
         builder.with_user_namespace(
-            [(entry.inside, entry.outside, entry.count) for entry in uids],
-            [(entry.inside, entry.outside, entry.count) for entry in gids], what.places.user,
+            uids,
+            gids, what.places.user,
         )
         if not what.places.network:
             builder.without_mounts("/sys").with_mounts([{

@@ -237,6 +237,7 @@ class Core:
     locks: KeyedLock = field(default_factory=KeyedLock)
     exits: dict[str, asyncio.Event] = field(default_factory=dict)
     closing: bool = False
+    #: SELinux levels of pods that are being made (`selinux_labels`).
     levels: list[str] = field(default_factory=list)
     stats: StatsCollector = field(default_factory=StatsCollector)
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
+from supervisord_ctr.linux import idmaps
 from supervisord_ctr.linux import mounts as system_mounts
+from supervisord_ctr.linux.idmaps import IdMap
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class IdMapped:
 
 def map_text(entries: Sequence[pb.IDMapping]) -> str:
     """A map as the kernel's helpers take it."""
-    return ",".join(f"{entry.container_id}:{entry.host_id}:{entry.length}" for entry in entries)
+    return idmaps.text(IdMap(entry.container_id, entry.host_id, entry.length) for entry in entries)
 
 
 def make(folder: Path, wanted: Sequence[IdMapped], namespaces: Mapping[tuple[str, str], Path]) -> None:

@@ -20,9 +20,14 @@ from supervisord_ctr.cri.state import Container
 from supervisord_ctr.linux import files
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.model import Mount
-from supervisord_ctr.names import CRI_NAMESPACE, LABEL_GC_ROOT, check_line
-from supervisord_ctr.snapshots import CAPABILITY_REMAP_IDS
-from supervisord_ctr.snapshots.interface import LABEL_GID_MAPPING, LABEL_UID_MAPPING
+from supervisord_ctr.names import (
+    CAPABILITY_REMAP_IDS,
+    CRI_NAMESPACE,
+    LABEL_GC_ROOT,
+    LABEL_GID_MAPPING,
+    LABEL_UID_MAPPING,
+    check_line,
+)
 
 
 def _failed(kind: type[errors.Error], message: str) -> errors.Error:

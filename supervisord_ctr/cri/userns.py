@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.errors import InvalidArgument
-from supervisord_ctr.sandbox.environment import IdMap
+from supervisord_ctr.linux import idmaps
+from supervisord_ctr.linux.idmaps import IdMap
 
 
 def _one(entries: Sequence[pb.IDMapping], what: str) -> tuple[IdMap, ...]:
@@ -51,12 +52,5 @@ def check_same(pod: pb.NamespaceOption, container: pb.NamespaceOption) -> None:
 
 def outside(options: pb.NamespaceOption, uid: int, gid: int) -> tuple[int, int]:
     """Who a user and group of the container are on the host; the same without a user namespace or a mapping."""
-    uids, gids = mappings(options)
-    return _outside(uids, uid), _outside(gids, gid)
-
-
-def _outside(maps: Sequence[IdMap], inside: int) -> int:
-    for entry in maps:
-        if 0 <= inside - entry.inside < entry.count:
-            return entry.outside + inside - entry.inside
-    return inside
+    uids, gids = (idmaps.outside(maps, owner) for maps, owner in zip(mappings(options), (uid, gid), strict=True))
+    return uid if uids is None else uids, gid if gids is None else gids

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from supervisord_ctr import errors
 from supervisord_ctr.linux import mounts, namespaces
+from supervisord_ctr.linux.idmaps import IdMap
 from supervisord_ctr.names import check_identifier
 from supervisord_ctr.sandbox import sysctls
 from supervisord_ctr.sandbox.files import (
@@ -28,15 +29,6 @@ from supervisord_ctr.sandbox.files import (
     unmount_shm,
     write_files,
 )
-
-
-@dataclass(frozen=True)
-class IdMap:
-    """One range of user or group IDs in a user namespace (user_namespaces(7))."""
-
-    inside: int
-    outside: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -117,8 +109,8 @@ class Environments:
             return
         try:
             fd = namespaces.new_user_namespace(
-                [(entry.inside, entry.outside, entry.count) for entry in wanted.uids],
-                [(entry.inside, entry.outside, entry.count) for entry in wanted.gids],
+                [(entry.inside, entry.outside, entry.size) for entry in wanted.uids],
+                [(entry.inside, entry.outside, entry.size) for entry in wanted.gids],
             )
         except OSError as error:
             raise errors.from_os_error(error, f"failed to make the user namespace of sandbox {wanted.id}:") from error

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from supervisord_ctr.snapshots.interface import (
     CAPABILITY_REBASE,
-    CAPABILITY_REMAP_IDS,
     INHERITED_LABELS,
     Records,
     SnapshotRecord,
     Snapshotter,
 )
 
-__all__ = ["CAPABILITY_REBASE", "CAPABILITY_REMAP_IDS", "INHERITED_LABELS", "Records", "SnapshotRecord", "Snapshotter"]
+__all__ = ["CAPABILITY_REBASE", "INHERITED_LABELS", "Records", "SnapshotRecord", "Snapshotter"]

@@ -15,13 +15,9 @@ from supervisord_ctr.model import Mount, SnapshotInfo, SnapshotKind, Usage
 
 #: Labels with this prefix are handed from metadata to the snapshotter.
 INHERITED_LABELS = "containerd.io/snapshot/"
-LABEL_UID_MAPPING = "containerd.io/snapshot/uidmapping"
-LABEL_GID_MAPPING = "containerd.io/snapshot/gidmapping"
 LABEL_SNAPSHOT_REF = "containerd.io/snapshot.ref"
 #: An active snapshot prepared without parent may be committed onto one.
 CAPABILITY_REBASE = "rebase"
-#: The mounts understand `uidmap=` and `gidmap=`.
-CAPABILITY_REMAP_IDS = "remap-ids"
 
 
 @runtime_checkable

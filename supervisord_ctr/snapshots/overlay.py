@@ -18,11 +18,9 @@ from supervisord_ctr.aio import Executors
 from supervisord_ctr.errors import Unavailable
 from supervisord_ctr.linux.mounts import mount_all, unmount_all
 from supervisord_ctr.model import Mount, SnapshotKind
+from supervisord_ctr.names import CAPABILITY_REMAP_IDS, LABEL_GID_MAPPING, LABEL_UID_MAPPING
 from supervisord_ctr.snapshots.interface import (
     CAPABILITY_REBASE,
-    CAPABILITY_REMAP_IDS,
-    LABEL_GID_MAPPING,
-    LABEL_UID_MAPPING,
     Records,
     SnapshotRecord,
 )

@@ -36,9 +36,8 @@ from supervisord_ctr.errors import (
 )
 from supervisord_ctr.linux.files import spread_subdirectories
 from supervisord_ctr.model import Mount, SnapshotInfo, SnapshotKind, Usage
+from supervisord_ctr.names import LABEL_GID_MAPPING, LABEL_UID_MAPPING
 from supervisord_ctr.snapshots.interface import (
-    LABEL_GID_MAPPING,
-    LABEL_UID_MAPPING,
     Records,
     SnapshotRecord,
 )

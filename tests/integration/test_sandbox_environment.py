@@ -10,7 +10,8 @@ import pytest
 
 from supervisord_ctr.errors import InvalidArgument
 from supervisord_ctr.linux import namespaces
-from supervisord_ctr.sandbox.environment import Environments, IdMap, Wanted
+from supervisord_ctr.linux.idmaps import IdMap
+from supervisord_ctr.sandbox.environment import Environments, Wanted
 from supervisord_ctr.sandbox.files import Dns
 from tests.support.daemon import mounts_below
 

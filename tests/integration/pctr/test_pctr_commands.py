@@ -47,7 +47,7 @@ def test_standard_streams_stay_apart_and_the_images_config_is_used(target: Targe
     assert done.stderr == b"err\n"
 
 
-def test_a_user_namespace_of_its_own(target: Target, name: str) -> None:
+def test_a_user_namespace_of_its_own(target: Target, name: str, tmp_path: Path) -> None:
     """Files belong to whom they belonged to, and the streams can be opened, as servers do that log to /dev/stdout."""
     maps = ("--uidmap", "0:1000000:65536", "--gidmap", "0:1000000:65536")
     script = "stat -c %u /bin /home; id -u; touch /made; echo out >/dev/stdout; echo err >/dev/stderr"
@@ -55,9 +55,17 @@ def test_a_user_namespace_of_its_own(target: Target, name: str) -> None:
         done = target.pctr("run", "--rm", *maps, target.image, name, "sh", "-c", script)
         assert (done.stdout, done.stderr) == (b"0\n0\n0\nout\n", b"err\n")
     assert name not in target.ids()
-    for lonely in (maps[:2], maps[2:]):
-        done = target.pctr("run", "--rm", *lonely, target.image, name, "true", status=2)
-        assert b"--uidmap and --gidmap go together" in done.stderr
+    spec = tmp_path / "spec.json"
+    spec.write_text("{}")
+    for wrong, told in (
+        (maps[:2], b"--uidmap and --gidmap go together"), (maps[2:], b"--uidmap and --gidmap go together"),
+        (("--uidmap", "0:1", *maps[2:]), b"mapping '0:1' is not INSIDE:OUTSIDE:LENGTH"),
+        (("--remap-labels",), b"--remap-labels needs --uidmap and --gidmap"),
+        ((*maps, "--config", str(spec)), f"{spec} states its own mappings".encode()),
+    ):
+        done = target.pctr("run", "--rm", *wrong, target.image, name, "true", status=2)
+        assert told in done.stderr
+    assert name not in target.ids()
 
 
 def test_fifty_mebibytes_come_whole(target: Target, name: str) -> None:

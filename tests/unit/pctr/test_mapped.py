@@ -11,7 +11,9 @@ import pytest
 from pctr.command import Failed
 from pctr.mapped import change_owners
 
-MAPS = [(0, 100_000, 1000), (1000, 300_000, 10)]
+from supervisord_ctr.linux.idmaps import IdMap
+
+MAPS = [IdMap(0, 100_000, 1000), IdMap(1000, 300_000, 10)]
 #: vfs_cap_data, revision 2, with cap_net_raw permitted and effective (linux/capability.h).
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 

@@ -10,8 +10,9 @@ import pytest
 from supervisord_ctr.aio import Executors
 from supervisord_ctr.errors import FailedPrecondition, Unavailable
 from supervisord_ctr.model import Mount, SnapshotKind, Usage
+from supervisord_ctr.names import CAPABILITY_REMAP_IDS
 from supervisord_ctr.snapshots import SnapshotRecord, Snapshotter
-from supervisord_ctr.snapshots.interface import CAPABILITY_REBASE, CAPABILITY_REMAP_IDS
+from supervisord_ctr.snapshots.interface import CAPABILITY_REBASE
 from supervisord_ctr.snapshots.native import NativeSnapshotter
 from supervisord_ctr.snapshots.overlay import OverlaySnapshotter
 from supervisord_ctr.snapshots.tree import disk_usage
