@@ -8,6 +8,7 @@ Sources: apparmor.d(5), apparmor_parser(8).
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -83,11 +84,16 @@ def default_profile() -> str:
             return DEFAULT_PROFILE
         parser = shutil.which("apparmor_parser", path=_PATH)
         if parser is None:
-            log.warning("apparmor_parser is not installed: containers run without the profile %s", DEFAULT_PROFILE)
+            _tell_of_no_parser()
             return ""
         _load(parser, profile_text(DEFAULT_PROFILE))
         log.info("loaded the apparmor profile %s", DEFAULT_PROFILE)
     return DEFAULT_PROFILE
+
+
+@functools.cache
+def _tell_of_no_parser() -> None:
+    log.warning("apparmor_parser is not installed: containers run without the profile %s", DEFAULT_PROFILE)
 
 
 def profile_text(name: str, macros: str = _MACROS, daemon: str | None = None) -> str:
