@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.cri import Cri, running_cri
 from tests.support.daemon import DaemonProcess, running_daemon
 
 
@@ -13,4 +14,12 @@ from tests.support.daemon import DaemonProcess, running_daemon
 def daemon() -> Iterator[DaemonProcess]:
     """A daemon that the module's tests share; it must leave nothing behind when it stops."""
     with running_daemon() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cri() -> Iterator[Cri]:
+    """A daemon that the module's tests share as a kubelet's runtime, with an image in it."""
+    with running_cri() as made:
+        made.pull()
         yield made

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from tests.support.cri import Cri, running_cri
+from tests.support.cri import Cri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -20,13 +19,6 @@ PODS = int(os.environ.get("PCTR_TEST_PODS", "6"))
 #: Containers in the list, those that do not run included.
 CONTAINERS = int(os.environ.get("PCTR_TEST_CONTAINERS", "40"))
 NAMES = ("first", "second")
-
-
-@pytest.fixture(scope="module")
-def cri() -> Iterator[Cri]:
-    with running_cri() as made:
-        made.pull()
-        yield made
 
 
 def make(cri: Cri, number: int) -> str:

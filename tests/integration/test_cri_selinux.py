@@ -24,13 +24,6 @@ Pod = tuple[str, pb.PodSandboxConfig]
 
 
 @pytest.fixture(scope="module")
-def cri() -> Iterator[Cri]:
-    with running_cri() as made:
-        made.pull()
-        yield made
-
-
-@pytest.fixture(scope="module")
 def pod(cri: Cri) -> Iterator[Pod]:
     config = cri.pod_config()
     config.linux.security_context.privileged = True

@@ -11,16 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
-from tests.support.cri import Cri, running_cri
+from tests.support.cri import Cri
 from tests.support.daemon import wait_until
 from tests.support.pctr_target import TIMEOUT, Target
-
-
-@pytest.fixture(scope="module")
-def cri() -> Iterator[Cri]:
-    with running_cri() as made:
-        made.pull()
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,12 @@ import pytest
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.linux import cgroups
 from tests.integration.tasks_support import Client, busybox_root
-from tests.support.cri import Cri, running_cri
+from tests.support.cri import Cri
 from tests.support.daemon import wait_until
 from tests.support.fake_registry import FakeRegistry, Handler, Seen, fake_registry
 from tests.support.pctr_target import busybox_image
 
 TIMEOUT = 150
-
-
-@pytest.fixture(scope="module")
-def cri() -> Iterator[Cri]:
-    with running_cri() as made:
-        made.pull()
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,18 @@ def drop_once(digest: str, after: int) -> Rule:
     return rule
 
 
+def refuse(digest: str) -> Rule:
+    """A blob is answered with 500 for as long as the rule stands."""
+
+    def rule(handler: Handler, seen: Seen) -> bool:
+        if not seen.path.endswith(digest):
+            return False
+        handler.answer(500, b"{}")
+        return True
+
+    return rule
+
+
 def ignore_ranges(handler: Handler, seen: Seen) -> bool:
     """Every blob is sent whole whatever was asked."""
     name = seen.path.rpartition("/")[2]

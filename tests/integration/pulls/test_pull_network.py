@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from supervisord_ctr.images.config import read_config
 from supervisord_ctr.images.http import Timeouts
 from supervisord_ctr.images.leases import leftover_id
 from supervisord_ctr.images.progress import COMPLETE
+from tests.support.daemon import wait_until
 from tests.support.fake_registry import (
     FakeRegistry,
     Handler,
@@ -33,6 +33,7 @@ from tests.support.fake_registry import (
     drop_once,
     fake_registry,
     ignore_ranges,
+    refuse,
 )
 from tests.support.images import (
     build,
@@ -197,18 +198,16 @@ async def test_p2_what_arrived_survives_a_failed_pull(pulling: Pulling, registry
 async def test_p2_blobs_that_arrived_whole_survive_a_failed_pull(pulling: Pulling, registry: FakeRegistry) -> None:
     made = build([layer(file("base", os.urandom(1000))), layer(file("top", os.urandom(1000)))])
     whole, broken = made.layers
-    refusing = threading.Event()
-    refusing.set()
 
-    def fail(handler: Handler, seen: Seen) -> bool:
-        if not refusing.is_set() or not seen.path.endswith(broken):
-            return False
-        while not any(at.event == COMPLETE and at.descriptor and at.descriptor.digest == whole for at in pulling.progress):
-            time.sleep(0.01)
-        handler.answer(500, b"{}")
-        return True
+    def arrived() -> bool:
+        return any(at.event == COMPLETE and at.descriptor and at.descriptor.digest == whole for at in pulling.progress)
 
-    registry.rules.append(fail)
+    def hold(handler: Handler, seen: Seen) -> bool:
+        if seen.path.endswith(broken):
+            wait_until(arrived, "the other layer has arrived")
+        return False
+
+    registry.rules += [hold, refuse(broken)]
     name = registry.add("app", "v1", made)
     with pytest.raises(Unavailable, match="500"):
         await pulling.pull(name)
@@ -217,7 +216,7 @@ async def test_p2_blobs_that_arrived_whole_survive_a_failed_pull(pulling: Pullin
     assert (left["images"], left["snapshots"]) == ([], [])
     assert left["leases"] == [leftover_id(name)]
     assert {info.digest for info in await pulling.database.content.walk(NAMESPACE)} >= {whole, made.target}
-    refusing.clear()
+    registry.rules.clear()
     before = len(registry.requests(whole))
     await pulling.pull(name)
     assert len(registry.requests(whole)) == before, "a layer that was here was fetched again"
@@ -227,14 +226,7 @@ async def test_p2_blobs_that_arrived_whole_survive_a_failed_pull(pulling: Pullin
 async def test_p5_an_image_that_is_refused_later_leaves_nothing(pulling: Pulling, registry: FakeRegistry) -> None:
     made = build([layer(file("base", os.urandom(1000))), layer(file("top", os.urandom(1000)))])
     name = registry.add("app", "v1", made)
-
-    def fail(handler: Handler, seen: Seen) -> bool:
-        if seen.path.endswith(made.layers[1]):
-            handler.answer(500, b"{}")
-            return True
-        return False
-
-    registry.rules.append(fail)
+    registry.rules.append(refuse(made.layers[1]))
     with pytest.raises(Unavailable):
         await pulling.pull(name)
     registry.rules.clear()

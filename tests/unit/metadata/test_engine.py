@@ -98,6 +98,29 @@ def keys_of(path: Path) -> list[str]:
         connection.close()
 
 
+async def test_what_is_asked_for_in_one_turn_goes_to_disk_at_once(path: Path) -> None:
+    engine = Engine(path)
+    engine.open()
+    syncs = []
+    engine.before_sync = lambda: syncs.append(1)
+    await asyncio.gather(*(engine.write(put(key)) for key in "abc"))
+    assert len(syncs) == 1
+    await engine.write(put("d"))
+    assert len(syncs) == 2
+    assert keys_of(path) == ["a", "b", "c", "d"]
+    engine.close()
+
+
+async def test_what_is_asked_for_right_before_the_end_is_done(path: Path) -> None:
+    engine = Engine(path)
+    engine.open()
+    asked = asyncio.ensure_future(engine.write(put("a")))
+    await asyncio.sleep(0)
+    engine.close()
+    await asked
+    assert keys_of(path) == ["a"]
+
+
 async def test_a_mutation_that_fails_undoes_only_itself(path: Path) -> None:
     engine = Engine(path)
     engine.open()
@@ -275,13 +298,21 @@ def test_a_migration_that_fails_leaves_the_old_version(monkeypatch: pytest.Monke
     connection.close()
 
 
-def test_a_database_of_a_newer_release_is_left_alone(path: Path) -> None:
+def test_a_database_of_a_newer_release_is_left_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 1000")
     connection.close()
-    engine = Engine(path)
+    engine, opened, connect = Engine(path), [], Engine._connect
+
+    def keep(self: Engine) -> sqlite3.Connection:
+        opened.append(connect(self))
+        return opened[-1]
+
+    monkeypatch.setattr(Engine, "_connect", keep)
     with pytest.raises(FailedPrecondition, match="newer"):
         engine.open()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 1")
 
 
 def test_every_table_is_known_to_the_salvage() -> None:
