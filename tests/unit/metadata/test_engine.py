@@ -6,6 +6,7 @@ import asyncio
 import errno
 import sqlite3
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,7 +104,12 @@ async def test_what_is_asked_for_in_one_turn_goes_to_disk_at_once(path: Path) ->
     engine.open()
     syncs = []
     engine.before_sync = lambda: syncs.append(1)
-    await asyncio.gather(*(engine.write(put(key)) for key in "abc"))
+
+    async def late(key: str) -> None:
+        time.sleep(0.05)  # in the same turn, and long enough for a writer that was handed the first one already
+        await engine.write(put(key))
+
+    await asyncio.gather(engine.write(put("a")), late("b"), late("c"))
     assert len(syncs) == 1
     await engine.write(put("d"))
     assert len(syncs) == 2
