@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from supervisord_ctr.errors import InvalidArgument
-from supervisord_ctr.linux import namespaces
+from supervisord_ctr.linux import mounts, namespaces
 from supervisord_ctr.linux.idmaps import IdMap
 from supervisord_ctr.sandbox.environment import Environments, Wanted
 from supervisord_ctr.sandbox.files import Dns
 from tests.support.daemon import mounts_below
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_mounted(tmp_path: Path) -> Iterator[None]:
+    """Also after a failure: the mounts would outlive the tests, and their folder could not be removed."""
+    yield
+    for place in sorted(mounts_below(tmp_path), reverse=True):
+        mounts.unmount_all(place)
 
 
 def made(tmp_path: Path, **fields: object) -> tuple[Environments, Wanted]:
