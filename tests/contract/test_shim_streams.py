@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import re
 import signal
 import stat
-import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
@@ -22,9 +18,9 @@ from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.shim.v1 import shim_pb2
 from tests.support.shim import PATIENCE, Lab, Shim, Zygote, laboratory, read_all
+from tests.support.streams import AttachedClient, parse_log
 
 PRIVATE = "pctr.shim.v1.Shim"
-RECORD = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z (stdout|stderr) ([FP]) (.*)")
 
 
 @pytest.fixture(scope="module")
@@ -43,66 +39,6 @@ async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
         for client in AttachedClient.opened:
             await client.close()
         AttachedClient.opened.clear()
-
-
-def parse_log(path: Path) -> list[tuple[bytes, bytes, bytes]]:
-    """Records of a CRI log; a line that is none fails."""
-    found = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        match = RECORD.fullmatch(line)
-        assert match is not None, line
-        found.append((match[1], match[2], match[3]))
-    return found
-
-
-class AttachedClient:
-    """A client of attach.sock."""
-
-    opened: ClassVar[list[AttachedClient]] = []
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.opened.append(self)
-
-    async def close(self) -> None:
-        self.writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self.writer.wait_closed()
-
-    @classmethod
-    async def connect(cls, bundle: Path, **wanted: Any) -> AttachedClient:
-        reader, writer = await asyncio.open_unix_connection(str(bundle / "attach.sock"))
-        writer.write(json.dumps(wanted).encode() + b"\n")
-        return cls(reader, writer)
-
-    def send(self, channel: int, payload: bytes) -> None:
-        self.writer.write(struct.pack(">BI", channel, len(payload)) + payload)
-
-    async def frame(self) -> tuple[int, bytes] | None:
-        try:
-            channel, length = struct.unpack(">BI", await asyncio.wait_for(self.reader.readexactly(5), PATIENCE))
-            return channel, await asyncio.wait_for(self.reader.readexactly(length), PATIENCE)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-
-    async def until(self, text: bytes) -> None:
-        data = b""
-        while text not in data:
-            frame = await self.frame()
-            assert frame is not None
-            data += frame[1]
-
-    async def rest(self) -> tuple[dict[int, bytes], list[dict[str, Any]]]:
-        streams: dict[int, bytes] = {}
-        control = []
-        while (frame := await self.frame()) is not None:
-            if frame[0] == 3:
-                control.append(json.loads(frame[1]))
-            else:
-                streams[frame[0]] = streams.get(frame[0], b"") + frame[1]
-        self.writer.close()
-        return streams, control
 
 
 async def test_p4_the_cri_log_has_every_line_of_both_streams(lab: Lab) -> None:
