@@ -160,7 +160,10 @@ class Daemon:
                             executors, gc=gc_options(settings),
                             isolated=settings.content.sharing_policy == "isolated")
         stack.push_async_callback(database.close)
-        zygote = Zygote(page_merging=settings.runtime.shim_page_merging)
+        zygote = Zygote(
+            page_merging=settings.runtime.shim_page_merging, rest=settings.runtime.shim_rest,
+            programs={found.binary or "runc" for found in settings.runtime.classes.values()},
+        )
         stack.push_async_callback(zygote.close)
         await asyncio.gather(database.open(), zygote.start())
         mounts = MountManager(state / "mounts", database, executors, roots=(root,))

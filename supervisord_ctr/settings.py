@@ -91,6 +91,9 @@ class RuntimeSettings:
         metadata={"help": "handlers by name: [runtime.classes.NAME]"},
     )
     shim_debug: bool = _setting(False, "shims log at debug level")
+    shim_rest: float = _setting(
+        2.0, "seconds without anything to do after which a shim gives its memory back until it is needed; 0: never"
+    )
     shim_page_merging: bool = _setting(
         True, "offer the memory of shims to the kernel's ksmd, which merges equal pages where an administrator runs it"
     )

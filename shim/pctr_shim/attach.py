@@ -205,13 +205,19 @@ class Client:
 class AttachSocket:
     """The listening socket of one bundle."""
 
-    def __init__(self, bundle: str, find: Callable[[str, str], Attachable]) -> None:
+    def __init__(self, bundle: str, find: Callable[[str, str], Attachable], fd: int = -1) -> None:
+        """`fd`: the socket, listening already."""
         self._loop = asyncio.get_running_loop()
         self._path = os.path.join(bundle, NAME)
         self._find = find
-        self._listener = listen_below(bundle, NAME)
+        self._listener = socket.socket(fileno=fd) if fd >= 0 else listen_below(bundle, NAME)
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    @property
+    def descriptor(self) -> int:
+        """The listening socket's; -1 when it is closed."""
+        return self._listener.fileno()
 
     def _accept(self) -> None:
         try:

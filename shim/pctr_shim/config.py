@@ -34,6 +34,8 @@ class ShimConfig:
     runtime_root: str = FOREIGN_RUNTIME_ROOT
     debug: bool = False
     env: Mapping[str, str] = field(default_factory=_empty)
+    #: The shim's pid; where it has a keeper, that one's.
+    pid: int = 0
 
     def become(self, other: ShimConfig) -> None:
         """Take over what `other` says: who has been given this object before it was known has it from now on."""

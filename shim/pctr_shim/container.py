@@ -18,11 +18,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
 from pctr_shim import attach, records
+from pctr_shim.belongings import Belongings, Busy
 from pctr_shim.config import ShimConfig
 from pctr_shim.oom import OomCount
 from pctr_shim.process import ExecProcess, InitProcess, Process
@@ -260,6 +262,44 @@ class Container:
         """From now on the end of the created process is noticed (also when it has come already)."""
         if self.init.pid:
             self.reaper.adopt(self.init.pid, self._exit_of(self.init))
+
+    # Rest
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """Describe the container for the next worker of its shim; `Busy` while anything goes on."""
+        if self.execs or self._held or self._running_execs:
+            raise Busy(f"{self.id} has added processes")
+        ended = self._init_ended
+        return {
+            "id": self.id, "bundle": self.bundle, "options": self.options.SerializeToString().hex(),
+            "init": self.init.leave(belongings),
+            "mounts": [[mount.type, mount.source, list(mount.options), mount.target] for mount in self._mounts],
+            "timings": self.timings, "pid_namespace": self._own_pid_namespace, "poststart": self.has_poststart_hooks,
+            "oom": self._oom.leave() if self._oom is not None else None, "oom_fd": belongings.leave(self._oom_fd),
+            "attach": belongings.leave(self._attach.descriptor if self._attach is not None else -1),
+            "ended": [ended[0].status, ended[0].at, ended[0].pid, ended[1]] if ended is not None else None,
+        }
+
+    def resume(self, left: Mapping[str, Any], belongings: Belongings) -> None:
+        """Go on with what `leave` described."""
+        self.init = InitProcess.resume(self, left["init"], belongings)
+        self._mounts = tuple(
+            Mount(kind, source, tuple(options), target) for kind, source, options, target in left["mounts"]
+        )
+        self.timings = left["timings"]
+        self._own_pid_namespace, self.has_poststart_hooks = left["pid_namespace"], left["poststart"]
+        if left["ended"] is not None:
+            *ended, number = left["ended"]
+            self._init_ended = (Exit(*ended), number)
+        if left["oom"] is not None and self.init.cgroup is not None:
+            self._oom = OomCount.resume(self.init.cgroup, self._oom_told, left["oom"])
+            if left["oom_fd"] >= 0:
+                self._oom_fd = belongings.take(left["oom_fd"])
+                asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_woke)
+        if left["attach"] >= 0:
+            self._attach = attach.AttachSocket(self.bundle, self._find_attachable, belongings.take(left["attach"]))
+        if self._init_ended is None:
+            self.adopt_init()
 
     # Exits
 

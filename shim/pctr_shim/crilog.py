@@ -21,9 +21,11 @@ import logging
 import os
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pctr_shim.belongings import Belongings
 from supervisord_ctr import errors
 
 log = logging.getLogger(__name__)
@@ -63,16 +65,29 @@ class LogAddress:
 class LogFile:
     """One file, opened for appending, shared by the streams of a container."""
 
-    def __init__(self, address: LogAddress) -> None:
+    def __init__(self, address: LogAddress, fd: int = -1) -> None:
+        """`fd`: the file, open for appending already."""
         self.address = address
         self.dropped = 0
         self._untold = 0
         self._users = 0
-        self._fd = -1
+        self._fd = fd
         self._size = 0
         self._second = 0
         self._spent = 0
-        self._open()
+        if fd < 0:
+            self._open()
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """For the next worker."""
+        return {"fd": belongings.leave(self._fd), "size": self._size, "dropped": self.dropped, "untold": self._untold}
+
+    @classmethod
+    def resume(cls, address: LogAddress, left: Mapping[str, Any], belongings: Belongings) -> LogFile:
+        """What `leave` described."""
+        file = cls(address, belongings.take(left["fd"]))
+        file._size, file.dropped, file._untold = left["size"], left["dropped"], left["untold"]
+        return file
 
     def _open(self) -> None:
         os.makedirs(os.path.dirname(self.address.path), mode=0o755, exist_ok=True)
@@ -94,7 +109,12 @@ class LogFile:
     def release(self) -> None:
         """One stream less; the last one closes the file."""
         self._users -= 1
-        if self._users <= 0 and self._fd >= 0:
+        if self._users <= 0:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
@@ -165,11 +185,12 @@ def _now() -> bytes:
 class CriLogSink:
     """A `Sink` that turns one stream into records of a `LogFile`."""
 
-    def __init__(self, file: LogFile, stream: str) -> None:
+    def __init__(self, file: LogFile, stream: str, rest: bytes = b"") -> None:
+        """`rest`: the beginning of a line whose end has not come yet."""
         self.on_room: Callable[[], None] | None = None
         self._file = file
         self._stream = stream.encode()
-        self._rest = b""
+        self._rest = rest
         self._part = file.address.max_line
         self._closed = False
         file.use()
@@ -209,6 +230,10 @@ class CriLogSink:
                 line = line[size:]
             out.append(full + line + b"\n")
         return b"".join(out)
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """For the next worker; the file is not the sink's to leave."""
+        return {"kind": "cri-log", "rest": self._rest.hex()}
 
     def splice(self, fd: int) -> int | None:
         """Never: lines have to be seen."""

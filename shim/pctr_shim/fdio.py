@@ -11,7 +11,9 @@ import errno
 import os
 import select
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
+
+from pctr_shim.belongings import Belongings, Busy
 
 CHUNK = 65536
 #: Reads that one wake-up may do before others get their turn.
@@ -119,6 +121,10 @@ class Sink(Protocol):
 
     on_room: Callable[[], None] | None
 
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """Describe itself for the next worker; `Busy` while it holds bytes."""
+        ...
+
     def write(self, data: bytes) -> bool:
         """Take all of `data`."""
         ...
@@ -148,7 +154,7 @@ class Pump:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.fd = fd
-        self._sink = sink
+        self.sink = sink
         self._tap = tap
         self._tapped = tapped
         self._pipe = pipe
@@ -163,6 +169,12 @@ class Pump:
         if not self.ended and not self._reading and self.fd >= 0:
             self._reading = True
             self._loop.add_reader(self.fd, self._readable)
+
+    def leave(self, belongings: Belongings) -> int:
+        """For the next worker: its descriptor's number, -1 when it has ended; `Busy` while the sink is full."""
+        if self.stalled:
+            raise Busy("output waits for its reader")
+        return -1 if self.ended else belongings.leave(self.fd)
 
     @property
     def stalled(self) -> bool:
@@ -194,7 +206,7 @@ class Pump:
     def _step(self) -> bool:
         """One read; False when there is no more to do now."""
         if self._pipe and not self._tapped():
-            count = self._sink.splice(self.fd)
+            count = self.sink.splice(self.fd)
             if count is not None:
                 if count == 0:
                     self._end()
@@ -216,7 +228,7 @@ class Pump:
             return False
         self.moved += len(data)
         self._tap(data)
-        if not self._sink.write(data):
+        if not self.sink.write(data):
             self._pause()
             return False
         return True
@@ -224,7 +236,7 @@ class Pump:
     def _end(self) -> None:
         self.ended = True
         self._pause()
-        self._sink.flush()
+        self.sink.flush()
         self._on_end()
 
     def close(self) -> None:
@@ -233,7 +245,7 @@ class Pump:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        self._sink.close()
+        self.sink.close()
 
 
 def splice(source: int, target: int) -> int | None:

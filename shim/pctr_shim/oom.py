@@ -7,24 +7,38 @@ container was made, less what the shim's other containers account for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from supervisord_ctr.linux import cgroups
 
 
 class OomCount:
     """The kills of one container. `told` is shared by the containers of a shim: parent's folder → kills told."""
 
-    def __init__(self, group: cgroups.Cgroup, told: dict[str, int]) -> None:
+    def __init__(self, group: cgroups.Cgroup, told: dict[str, int], before: int = -1) -> None:
         self.kills = 0
         self.level = ""
         self._group = group
         self._told = told
         self._parent = group.parent()
-        self._before = self._untold()
+        self._before = self._untold() if before < 0 else before
 
     def _untold(self) -> int:
         if self._parent is None:
             return 0
         return self._parent.oom_kills() - self._told.get(self._parent.folders[""], 0)
+
+    def leave(self) -> dict[str, Any]:
+        """For the next worker."""
+        return {"kills": self.kills, "level": self.level, "before": self._before}
+
+    @classmethod
+    def resume(cls, group: cgroups.Cgroup, told: dict[str, int], left: Mapping[str, Any]) -> OomCount:
+        """What `leave` described."""
+        count = cls(group, told, left["before"])
+        count.kills, count.level = left["kills"], left["level"]
+        return count
 
     def update(self, *, killed: bool = False) -> bool:
         """Count anew; whether there are more than before.

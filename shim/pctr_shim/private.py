@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from google.protobuf.empty_pb2 import Empty
@@ -39,7 +38,7 @@ class PrivateService:
     async def info(self, request: api.InfoRequest, context: Context) -> api.InfoResponse:
         """How the shim is."""
         return api.InfoResponse(
-            pid=os.getpid(), version=__version__, namespace=self._config.namespace, group=self._config.group,
+            pid=self._config.pid, version=__version__, namespace=self._config.namespace, group=self._config.group,
             containers=[_container_info(container) for container in self._tasks.containers.values()],
             events_queued=len(self._publisher), started_at=timestamp(self._tasks.started_at),
         )

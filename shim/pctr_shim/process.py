@@ -14,10 +14,11 @@ import os
 import shutil
 import signal as signals
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from pctr_shim import records, runc, states
+from pctr_shim.belongings import Belongings, Busy
 from pctr_shim.console import ConsoleSocket
 from pctr_shim.stdio import Owner, ProcessIO, StreamAddresses
 from supervisord_ctr import errors, faults
@@ -140,6 +141,34 @@ class InitProcess(Process):
         self.cgroup: cgroups.Cgroup | None = None
         if checkpoint:
             self.state = states.CREATED_FROM_CHECKPOINT
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """Describe it for the next worker; `Busy` in a state that passes, or while somebody works on it."""
+        if self.state not in states.LASTING or self.lock.locked():
+            raise Busy(f"{self.label} is {self.state.name} or changes")
+        if self._finishing is not None and not self._finishing.done():
+            raise Busy(f"the last output of {self.label}")
+        addresses = self.io.addresses
+        return {
+            "pid": self.pid, "state": self.state.name, "asked": self.asked, "io": self.io.leave(belongings),
+            "addresses": [addresses.stdin, addresses.stdout, addresses.stderr, addresses.terminal],
+            "exit": self.exit is not None and [self.exit.status, self.exit.at, self.exit.pid],
+            "cgroup": dict(self.cgroup.folders) if self.cgroup is not None else None,
+        }
+
+    @classmethod
+    def resume(cls, container: Container, left: Mapping[str, Any], belongings: Belongings) -> InitProcess:
+        """What `leave` described."""
+        process = cls(container, StreamAddresses(*left["addresses"]), "", "")
+        process.pid, process.asked = left["pid"], tuple(left["asked"])
+        process.state = next(state for state in states.LASTING if state.name == left["state"])
+        process.io.resume(left["io"], belongings)
+        if left["exit"]:
+            process.exit = Exit(*left["exit"])
+            process._done.set()
+        if left["cgroup"] is not None:
+            process.cgroup = cgroups.Cgroup(left["cgroup"])
+        return process
 
     @property
     def init_state(self) -> states.InitState:

@@ -69,6 +69,21 @@ class Publisher:
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def busy(self) -> bool:
+        """Whether an event is on its way."""
+        return bool(self._queue) or self._timer is not None
+
+    @property
+    def tasks(self) -> int:
+        """Tasks on the loop that are its own."""
+        return len(self._owner)
+
+    @property
+    def descriptor(self) -> int:
+        """That of the connection to the daemon; -1 without one."""
+        return self._client.descriptor if self._client is not None else -1
+
     def publish(self, topic: str, message: Message) -> None:
         """Queue an event with the time of now."""
         if not (self._config.events or self._config.publish_binary):

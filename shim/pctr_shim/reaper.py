@@ -1,6 +1,7 @@
 """The reaper: starts programs cheaply and learns of every exit, whoever's child it was.
 
-Owns wait(2) of the whole process; nothing else in the shim may wait for a child.
+Owns wait(2) of the whole process; nothing else in the shim may wait for a child. Where the shim has a keeper,
+containers are that one's children, and it tells of their ends.
 
 The race that matters: a container may exit before the call that started it has told us its pid. While
 anybody is inside `expecting()`, exits of unknown processes are kept; `adopt` then finds its own
@@ -15,9 +16,11 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from pctr_shim.keeper import EXIT
 from supervisord_ctr.linux import processes
 from supervisord_ctr.model import Exit
 
@@ -37,6 +40,29 @@ class Reaper:
         self._adopted: dict[int, OnExit] = {}
         self._early: dict[int, tuple[Exit, int]] = {}
         self._expecting = 0
+
+    def listen(self, keeper: socket.socket) -> None:
+        """Hear from the keeper, on the running loop."""
+        asyncio.get_running_loop().add_reader(keeper, self._told, keeper)
+
+    def _told(self, keeper: socket.socket) -> None:
+        try:
+            packet = keeper.recv(EXIT.size, socket.MSG_DONTWAIT)
+            if not packet:
+                raise ConnectionResetError("the keeper is gone")
+            _, pid, status = EXIT.unpack(packet)
+            self._ended(pid, status)
+            keeper.send(b"A")
+        except BlockingIOError:
+            return
+        except ConnectionError as error:
+            log.error("%s: so the shim ends", error)
+            os._exit(1)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a program runs, or somebody expects to learn of one."""
+        return bool(self._helpers or self._expecting)
 
     def reap(self) -> None:
         """Collect every child that has ended."""

@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,22 @@ _Identity = tuple[int, int, int, int, int]
 _copies: dict[str, tuple[_Identity, int]] = {}
 
 
-def prepare(name: str) -> None:
-    """Have a copy of the runtime `name` (a path, or looked up on the PATH) for this process and its forks.
+def prepare(names: Iterable[str]) -> None:
+    """Have copies of these runtimes (paths, or looked up on the PATH) for this process and its forks.
 
     Only of programs called runc: others need not know what the seals mean. A failure is logged and
     changes nothing but speed.
     """
+    for name in names:
+        _prepare(name)
+
+
+def refresh() -> None:
+    """Copy anew what has been replaced."""
+    prepare(list(_copies))
+
+
+def _prepare(name: str) -> None:
     path = name if "/" in name else shutil.which(name)
     if path is None or os.path.basename(path) != _NAME or _current(path) is not None or os.path.exists(_SELINUX):
         return

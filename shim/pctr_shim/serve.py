@@ -18,9 +18,11 @@ import selectors
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 from pctr_shim import runc
 from pctr_shim.config import ShimConfig
+from pctr_shim.keeper import SHIM_NAME
 from pctr_shim.private import SERVICE as PRIVATE
 from pctr_shim.private import PrivateService
 from pctr_shim.publisher import Publisher
@@ -37,11 +39,38 @@ _FAREWELL = 2.0
 _NOT_OURS = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
+class _Selector(selectors.EpollSelector):
+    """Makes a call when nothing has happened, and no timer runs, for a while; once, until something happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._patience = 0.0
+        self._quiet: Callable[[], None] | None = None
+        self._called = False
+
+    def when_quiet(self, patience: float, call: Callable[[], None]) -> None:
+        """`patience` in seconds; `call` is made between two rounds of the loop."""
+        self._patience, self._quiet, self._called = patience, call, False
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """As the base class does."""
+        if self._quiet is None or timeout is not None or self._called:
+            self._called = self._called and timeout is None
+            ready = super().select(timeout)
+            self._called = self._called and not ready
+            return ready
+        ready = super().select(self._patience)
+        if not ready:
+            self._called = True
+            self._quiet()
+        return ready
+
+
 class Loop(asyncio.SelectorEventLoop):
     """An event loop that a fork of its process can go on with, even from inside a coroutine."""
 
     def __init__(self) -> None:
-        self._polled = selectors.EpollSelector()
+        self._polled = _Selector()
         super().__init__(self._polled)
         self.signals = Signals()
         self._descriptors: tuple[int, ...] = ()
@@ -49,6 +78,14 @@ class Loop(asyncio.SelectorEventLoop):
     def _write_to_self(self) -> None:
         """Wake the loop from another thread: by our pipe, since asyncio's own would be the parent's as well."""
         self.signals.wake()
+
+    def when_quiet(self, patience: float, call: Callable[[], None]) -> None:
+        """Make the call when nothing has happened for `patience` seconds and no timer runs."""
+        self._polled.when_quiet(patience, call)
+
+    def watched(self) -> list[tuple[int, int]]:
+        """The descriptors that are watched for somebody, each with its events (`selectors`)."""
+        return [(key.fd, key.events) for key in self._polled.get_map().values() if key.fd not in self._descriptors]
 
     def before_fork(self) -> None:
         """Note what a fork will have to watch for itself."""
@@ -90,21 +127,28 @@ class Shim:
             self._stopped.set()
 
     async def serve(self, config: ShimConfig, listener: socket.socket) -> None:
-        """Serve until a Shutdown finds nothing left to serve."""
-        processes.set_name("pctr-shim")
-        processes.set_title(
-            "containerd-shim-pctr-v1", "-namespace", config.namespace, "-id", config.group,
-            "-address", config.address or config.socket,
-        )
+        """Be the whole shim: serve until a Shutdown finds nothing left to serve."""
+        processes.set_name(SHIM_NAME)
+        processes.set_title(*title(config))
         processes.set_child_subreaper()
+        self.become(config)
+        await self.server.serve(listener)
+        await self.until_stopped()
+
+    def become(self, config: ShimConfig) -> None:
+        """The shim of this configuration, which does not listen yet."""
         os.chdir(os.path.dirname(config.socket) or "/")  # bundles come and go
         if config.env:
             os.environ.update(config.env)
             runc.environment.cache_clear()
+        config.pid = config.pid or os.getpid()
         self.config.become(config)
         self.tasks.started_at = time.time()
         self.publisher.start()
-        await self.server.serve(listener)
+
+    async def until_stopped(self) -> None:
+        """Until a Shutdown finds nothing left to serve; then come to an orderly end."""
+        config = self.config
         await self._stopped.wait()
         await self.server.wait_idle(_FAREWELL)
         with contextlib.suppress(FileNotFoundError):
@@ -112,6 +156,14 @@ class Shim:
         await self.publisher.close()
         await self.server.close()
         await self.tasks.tasks.close()
+
+
+def title(config: ShimConfig) -> tuple[str, ...]:
+    """What ps shows of a shim."""
+    return (
+        "containerd-shim-pctr-v1", "-namespace", config.namespace, "-id", config.group,
+        "-address", config.address or config.socket,
+    )
 
 
 def prepare() -> None:

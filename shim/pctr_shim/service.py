@@ -11,13 +11,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 
+from pctr_shim.belongings import Belongings, Busy
 from pctr_shim.config import ShimConfig
 from pctr_shim.container import Container, parse_options
 from pctr_shim.process import Process
@@ -71,7 +72,9 @@ class TaskService:
             "Stats": (api.StatsRequest, self.stats), "Connect": (api.ConnectRequest, self.connect),
             "Shutdown": (api.ShutdownRequest, self.shutdown),
         }
-        return {name: Method(request, handler) for name, (request, handler) in table.items()}
+        return {
+            name: Method(request, handler, lasting=name == "Wait") for name, (request, handler) in table.items()
+        }
 
     def find(self, container_id: str) -> Container:
         """The container; `NotFound` as containerd words it."""
@@ -79,6 +82,28 @@ class TaskService:
         if container is None:
             raise errors.NotFound(f"container {container_id} not created", kind="container", key=container_id)
         return container
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """Describe all containers for the next worker; `Busy` while a request changes something, or without any."""
+        if self.tasks or self._creating or not self.containers:
+            raise Busy("a request, or nothing to wait for")
+        return {
+            "containers": [container.leave(belongings) for container in self.containers.values()],
+            "oom_told": self._oom_told, "started_at": self.started_at,
+        }
+
+    def take_up(self, left: Mapping[str, Any], belongings: Belongings) -> None:
+        """Go on with what `leave` described."""
+        self._oom_told.update(left["oom_told"])
+        self.started_at = left["started_at"]
+        for entry in left["containers"]:
+            options = options_pb2.Options.FromString(bytes.fromhex(entry["options"]))
+            container = Container(
+                self._config, self._reaper, self.tasks, self._publisher.publish, entry["id"], entry["bundle"], options,
+                self._oom_told,
+            )
+            self.containers[container.id] = container
+            container.resume(entry, belongings)
 
     async def _carry(self, work: Coroutine[Any, Any, T], name: str) -> T:
         """Await `work` so that it goes on when the caller's deadline passes."""
@@ -282,7 +307,8 @@ class TaskService:
         """Who we are; a daemon that asks is there to take events."""
         self._publisher.nudge()
         container = self.containers.get(request.id)
-        return api.ConnectResponse(shim_pid=os.getpid(), task_pid=container.init.pid if container is not None else 0)
+        pid = container.init.pid if container is not None else 0
+        return api.ConnectResponse(shim_pid=self._config.pid, task_pid=pid)
 
     async def shutdown(self, request: api.ShutdownRequest, context: Context) -> Empty:
         """End the shim, if it serves no container."""

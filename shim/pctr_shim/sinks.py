@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from pctr_shim.belongings import Belongings, Busy
 from pctr_shim.fdio import FdWriter, splice
 from supervisord_ctr import errors
 
@@ -19,6 +21,10 @@ class NullSink:
 
     def __init__(self) -> None:
         self.on_room: Callable[[], None] | None = None
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """For the next worker."""
+        return {"kind": "null"}
 
     def write(self, data: bytes) -> bool:
         """Drop."""
@@ -46,6 +52,17 @@ class PipeSink:
     def _flushed(self) -> None:
         if self.on_room is not None:
             self.on_room()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._writer.fd < 0
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """For the next worker; `Busy` while something waits for the reader."""
+        if self._writer.pending_bytes or self._writer.broken:
+            raise Busy("a pipe is full")
+        return {"kind": "pipe", "fd": belongings.leave(self._writer.fd)}
 
     def write(self, data: bytes) -> bool:
         """Write or keep."""
@@ -80,11 +97,17 @@ class TerminalSink(PipeSink):
 class FileSink:
     """A file that is appended to; a full disk drops bytes and never holds up the container."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
+        """`fd`: the file, open for appending already."""
         self.on_room: Callable[[], None] | None = None
         self.dropped = 0
         self._path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._fd = fd if fd >= 0 else os.open(path, flags, 0o644)
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """For the next worker."""
+        return {"kind": "file", "path": self._path, "fd": belongings.leave(self._fd), "dropped": self.dropped}
 
     def write(self, data: bytes) -> bool:
         """Append, or drop what the disk refuses."""
@@ -110,6 +133,18 @@ class FileSink:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def resume(left: Mapping[str, Any], belongings: Belongings) -> NullSink | PipeSink | FileSink:
+    """The sink that `leave` described, a CRI log's excepted."""
+    if left["kind"] == "null":
+        return NullSink()
+    fd = belongings.take(left["fd"])
+    if left["kind"] == "pipe":
+        return PipeSink(fd)
+    sink = FileSink(left["path"], fd)
+    sink.dropped = left["dropped"]
+    return sink
 
 
 def open_fifo_for_output(path: str) -> int:

@@ -285,6 +285,8 @@ PAUSING = Pausing()
 PAUSED = Paused()
 STOPPED = Stopped()
 DELETED = Deleted()
+#: Those of an init process in which nothing goes on in the shim.
+LASTING = (CREATED, RUNNING, PAUSED, STOPPED)
 EXEC_CREATED = ExecCreated()
 EXEC_RUNNING = ExecRunning()
 EXEC_STOPPED = ExecStopped()

@@ -30,10 +30,13 @@ import os
 import struct
 import termios
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pctr_shim import sinks
 from pctr_shim.attach import Client
+from pctr_shim.belongings import Belongings, Busy
 from pctr_shim.crilog import CriLogSink, LogAddress, LogFile
 from pctr_shim.fdio import Pump, Sink
 from pctr_shim.logger import BinaryLogger
@@ -48,6 +51,7 @@ QUIET = 0.1
 STALLED = 2.0
 DRAIN_LIMIT = 10.0
 _PIPE_SIZE = 1 << 18
+_STREAMS = {1: "stdout", 2: "stderr"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class ProcessIO:
         self._owner = owner
         self._reaper = reaper
         self.descriptors: dict[int, int] = {}
-        self._outputs: list[Pump] = []
+        self._outputs: list[tuple[int, Pump]] = []
         self._ready: list[Callable[[], None]] = []
         self._input: PipeSink | None = None
         self._input_pump: Pump | None = None
@@ -93,6 +97,54 @@ class ProcessIO:
         self._all_ended = asyncio.Event()
         self._ended: Exit | None = None
         self._closed = False
+
+    def leave(self, belongings: Belongings) -> dict[str, Any]:
+        """Describe the streams for the next worker; `Busy` with a terminal, a logger, clients or bytes under way."""
+        if self._master >= 0 or self._logger is not None or self._clients or self._closed:
+            raise Busy("a terminal, a logging program or an attached client")
+        live = [(number, pump) for number, pump in self._outputs if not pump.ended]
+        target = self._input if self._input is not None and not self._input.closed else None
+        return {
+            "logs": [file.leave(belongings) for file in self._logs.values()],
+            "outputs": [
+                {"number": number, "fd": pump.leave(belongings), "sink": pump.sink.leave(belongings)}
+                for number, pump in live
+            ],
+            "input": target.leave(belongings) if target is not None else None,
+            "source": self._input_pump.leave(belongings) if self._input_pump is not None and target is not None else -1,
+            "keepalive": belongings.leave(self._keepalive),
+            "ended": self._ended is not None and [self._ended.status, self._ended.at, self._ended.pid],
+        }
+
+    def resume(self, left: Mapping[str, Any], belongings: Belongings) -> None:
+        """Go on with what `leave` described."""
+        for address, file in zip(self._log_addresses(), left["logs"], strict=True):
+            self._logs[address] = LogFile.resume(address, file, belongings)
+        for output in left["outputs"]:
+            number, sink = output["number"], output["sink"]
+            if sink["kind"] == "cri-log":
+                address = LogAddress.parse(self.addresses.stdout if number == 1 else self.addresses.stderr)
+                made: Sink = CriLogSink(self._logs[address], _STREAMS[number], bytes.fromhex(sink["rest"]))
+            else:
+                made = sinks.resume(sink, belongings)
+                if isinstance(made, FileSink):
+                    self._files.append(made)
+            self._pump_output(belongings.take(output["fd"]), number, made, pipe=True)
+        self._keepalive = belongings.take(left["keepalive"])
+        if left["input"] is not None:
+            self._input = PipeSink(belongings.take(left["input"]["fd"]))
+            self._input.on_room = self._input_has_room
+            self._once = _feeds_once(self.addresses.stdin)
+            if left["source"] >= 0:
+                self._pump_input(belongings.take(left["source"]), self._input)
+        if left["ended"]:
+            self._ended = Exit(*left["ended"])
+        self._start_pumps()
+
+    def _log_addresses(self) -> list[LogAddress]:
+        """Of the CRI logs, each once, in the order of the streams."""
+        texts = (self.addresses.stdout, self.addresses.stderr)
+        return list(dict.fromkeys(LogAddress.parse(text) for text in texts if _scheme(text) == "cri-log"))
 
     async def prepare(self) -> None:
         """Open what the addresses name; on failure nothing stays open."""
@@ -137,7 +189,7 @@ class ProcessIO:
             file = self._logs.get(target)
             if file is None:
                 file = self._logs[target] = LogFile(target)
-            return CriLogSink(file, "stdout" if number == 1 else "stderr")
+            return CriLogSink(file, _STREAMS[number])
         if scheme == "attach":
             return NullSink()
         if scheme == "file" or (scheme == "fifo" and not is_fifo(path)):
@@ -154,7 +206,7 @@ class ProcessIO:
             fd, sink, tap=lambda data: self._offer(number, data), tapped=lambda: bool(self._clients), pipe=pipe,
             on_end=self._output_ended,
         )
-        self._outputs.append(pump)
+        self._outputs.append((number, pump))
         self._ready.append(pump.start)
 
     def _offer(self, number: int, data: bytes) -> None:
@@ -162,13 +214,16 @@ class ProcessIO:
             client.output(number, data)
 
     def _output_ended(self) -> None:
-        if all(pump.ended for pump in self._outputs):
+        if all(pump.ended for _, pump in self._outputs):
             self._all_ended.set()
 
     def begin(self) -> None:
         """The process has its descriptors: let go of ours and start to move bytes."""
         self._close_descriptors()
         self._open_input()
+        self._start_pumps()
+
+    def _start_pumps(self) -> None:
         for start in self._ready:
             start()
         self._ready.clear()
@@ -195,7 +250,7 @@ class ProcessIO:
         if self._input is None:
             return
         if _scheme(address) == "attach":
-            self._once = "once=1" in address
+            self._once = _feeds_once(address)
             self._input.on_room = self._input_has_room
             return
         path = _path(address)
@@ -204,12 +259,15 @@ class ProcessIO:
             self._keepalive = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if is_fifo(path) else -1
         except OSError as error:
             raise errors.from_os_error(error, "open stdin") from error
+        self._pump_input(source, self._input)
+
+    def _pump_input(self, source: int, target: PipeSink) -> None:
         pump = Pump(
-            source, self._input, tap=lambda data: None, tapped=lambda: False,
-            pipe=not self.addresses.terminal and is_fifo(path), on_end=lambda: None,
+            source, target, tap=lambda data: None, tapped=lambda: False,
+            pipe=not self.addresses.terminal and is_fifo(_path(self.addresses.stdin)), on_end=lambda: None,
         )
         self._input_pump = pump
-        self._input.on_room = self._input_has_room
+        target.on_room = self._input_has_room
         pump.start()
 
     def _input_has_room(self) -> None:
@@ -283,10 +341,10 @@ class ProcessIO:
         still_since = loop.time()
         moved = -1
         while not self._all_ended.is_set() and loop.time() < deadline:
-            now = sum(pump.moved for pump in self._outputs)
-            if now != moved or any(pump.behind for pump in self._outputs):
+            now = sum(pump.moved for _, pump in self._outputs)
+            if now != moved or any(pump.behind for _, pump in self._outputs):
                 moved, still_since = now, loop.time()
-            patience = STALLED if any(pump.stalled for pump in self._outputs) else QUIET
+            patience = STALLED if any(pump.stalled for _, pump in self._outputs) else QUIET
             if loop.time() - still_since >= patience:
                 if patience == STALLED:
                     log.warning("%s: nobody takes the rest of its output", self._owner.container_id)
@@ -313,8 +371,12 @@ class ProcessIO:
         self._close_descriptors()
         for client in list(self._clients):
             client.close()
-        for pump in (*self._outputs, *([self._input_pump] if self._input_pump is not None else [])):
+        for _, pump in self._outputs:
             pump.close()
+        if self._input_pump is not None:
+            self._input_pump.close()
+        for file in self._logs.values():
+            file.close()
         if self._input is not None:
             self._input.close()
         for fd in (self._keepalive, self._master):
@@ -334,6 +396,10 @@ def _widen(pipe: int) -> None:
 def _scheme(address: str) -> str:
     scheme, separator, _ = address.partition("://")
     return scheme if separator else "fifo"
+
+
+def _feeds_once(address: str) -> bool:
+    return _scheme(address) == "attach" and "once=1" in address
 
 
 def _path(address: str) -> str:

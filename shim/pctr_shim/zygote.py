@@ -5,13 +5,13 @@ of a `socketpair(AF_UNIX, SOCK_SEQPACKET)`. Each packet is one JSON object in UT
 When the daemon's end closes, the zygote ends. It may be killed at any time: shims have sessions of
 their own, do not depend on it, and the daemon starts another one.
 
-While shims are asked for, one is kept ready: forked, its loop set up, waiting for its configuration and
-its listening socket on a socket whose end it does not outlive. It takes the time of forking out of the
-time of a start. It goes when it was not needed for a minute.
+A shim of the zygote is a keeper and a worker (`keeper`); its pid is the keeper's. While shims are asked for, one is
+kept ready: forked, its loop set up, waiting for its request on a socket whose end it does not outlive. It takes
+the time of forking out of the time of a start. It goes when it was not needed for a minute.
 
-Every request has a `serial` (int), which its reply repeats. Replies to `cleanup` may come later
-than replies to later requests; all others come in order. A reply is either the object stated below
-or `{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `errors.Code`.
+Every request begins with its `op` and has a `serial` (int), which its reply repeats. Forks answer, so replies come
+in any order. A reply is either the object stated below or
+`{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `errors.Code`.
 
 `{"op": "ping", "serial": N}`
     → `{"serial": N, "pid": PID}`
@@ -52,6 +52,9 @@ or `{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `error
     its root file system's mounts away. The exit is the recorded one when the shim had written it,
     else 137 at the time of the call. The bundle's folder stays: it is the daemon's.
 
+What the zygote itself writes to between two forks, the forks do not share. So it looks at nothing: it forks, or
+passes the request on to the spare, and forks read and answer it (`employment.py`).
+
 Not here: what a shim does (`service.py`), how a foreign daemon starts one (`__main__.py`).
 """
 
@@ -66,19 +69,16 @@ import select
 import signal
 import socket
 import sys
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from pctr_shim import cleanup, pause, sealed, serve, warm
-from pctr_shim.config import FOREIGN_RUNTIME_ROOT, ShimConfig
+from pctr_shim import sealed, serve, warm
+from pctr_shim.employment import Employment, failure, wants_shim
+from pctr_shim.keeper import Keeper
 from pctr_shim.signals import Signals
-from supervisord_ctr import errors, faults
-from supervisord_ctr.linux import cgroups, heap, libc, memory, namespaces, processes
-from supervisord_ctr.ttrpc.server import listen
+from supervisord_ctr import errors
+from supervisord_ctr.linux import heap, libc, memory, processes
 
 log = logging.getLogger(__name__)
-
-FORKED = faults.declare("shim.fork.after-listen", "the shim's socket listens; the daemon does not know its pid")
 
 _PACKET = 65536
 #: Seconds without a request before a spare shim is forked, and before one is let go.
@@ -86,21 +86,10 @@ _QUIET = 0.1
 _UNUSED = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Spare:
-    """A shim without work; it ends when `work` is closed."""
+_POLLIN, _SIGTERM = int(select.POLLIN), int(signal.SIGTERM)
 
-    pid: int
-    start_time: int
-    work: socket.socket
-
-
-@dataclass(frozen=True, slots=True)
-class _Employment:
-    """What a fork is to do: be the shim of `request`, or, while that is None, wait for one on `listener`."""
-
-    request: dict[str, Any] | None
-    listener: socket.socket
+#: In a fork: the request, or for a spare shim the socket on which that will come.
+_Work = tuple[bytes, socket.socket | None]
 
 
 class Zygote:
@@ -109,23 +98,25 @@ class Zygote:
     def __init__(self, connection: socket.socket, signals: Signals) -> None:
         self._connection = connection
         self._signals = signals
-        self._spare: _Spare | None = None
+        #: Our end of the spare's socket.
+        self._spare: socket.socket | None = None
         self._wants_spare = False
 
-    def run(self) -> _Employment | None:
-        """Answer requests until the daemon's end closes: None then, and in each shim that was forked its employment."""
+    def run(self) -> _Work | None:
+        """Have requests answered until the daemon's end closes: None then, and in each fork what it is to do."""
         poll = select.poll()
-        poll.register(self._connection, select.POLLIN)
-        poll.register(self._signals.reader, select.POLLIN)
+        connection = self._connection.fileno()
+        poll.register(connection, _POLLIN)
+        poll.register(self._signals.reader, _POLLIN)
         while True:
             patience = _UNUSED if self._spare is not None else _QUIET if self._wants_spare else None
             ready = poll.poll(None if patience is None else 1000 * patience)
-            employment = None
+            work = None
             if not ready:
-                employment = self._turn_spare()
+                work = self._turn_spare()
             for fd, _ in ready:
-                if fd != self._connection.fileno():
-                    if signal.SIGTERM in self._signals.take():
+                if fd != connection:
+                    if _SIGTERM in self._signals.take():
                         return None
                     _reap()
                     continue
@@ -135,79 +126,39 @@ class Zygote:
                     return None
                 if not packet:
                     return None
-                employment = self._answer(packet)
-            if employment is not None:
-                return employment
+                work = self._pass_on(packet)
+            if work is not None:
+                return work
 
-    def _answer(self, packet: bytes) -> _Employment | None:
-        serial = 0
+    def _pass_on(self, packet: bytes) -> _Work | None:
+        """Have somebody answer: the spare, or a fork."""
+        if wants_shim(packet):
+            self._wants_spare = True
+            if self._employ_spare(packet):
+                return None
         try:
-            request = json.loads(packet)
-            serial = int(request["serial"])
-            operation = {
-                "ping": self._ping, "fork-shim": self._fork_shim, "fork-pause": self._fork_pause,
-                "cleanup": self._cleanup,
-            }.get(request["op"])
-            if operation is None:
-                raise errors.Unimplemented(f"zygote does not know {request['op']!r}")
-            reply = operation(serial, request)
-            if reply is None or isinstance(reply, _Employment):
-                return reply
-        except (ValueError, KeyError, TypeError) as error:
-            reply = _failure(errors.InvalidArgument(f"zygote request is wrong: {type(error).__name__}: {error}"))
+            pid = libc.fork()
         except OSError as error:
-            reply = _failure(errors.from_os_error(error, "zygote"))
-        except errors.Error as error:
-            reply = _failure(error)
-        self._send({"serial": serial, **reply})
-        return None
-
-    def _send(self, reply: dict[str, Any]) -> None:
-        try:
-            self._connection.send(json.dumps(reply).encode())
-        except ConnectionError:
-            log.debug("the daemon is gone")
-
-    def _ping(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
-        return {"pid": os.getpid()}
-
-    def _fork_shim(self, serial: int, request: dict[str, Any]) -> dict[str, Any] | _Employment:
-        config = _config_of(request)
-        if not os.path.isdir(config.bundle):
-            raise errors.NotFound(f"bundle {config.bundle} is not a folder", kind="bundle", key=config.bundle)
-        sealed.prepare(config.runtime)
-        listener = listen(config.socket)
-        self._wants_spare = True
-        try:
-            faults.point(FORKED)
-            pid, started = self._employ_spare(request, listener)
-            if not pid:
-                pid = libc.fork()
-                if pid == 0:
-                    self._leave()
-                    return _Employment(request, listener)
-                started = processes.read_start_time(pid)
-        except OSError:
-            os.unlink(config.socket)
-            listener.close()
-            raise
-        listener.close()
-        return {"pid": pid, "start_time": started, "address": f"unix://{config.socket}"}
-
-    def _leave(self) -> None:
-        """In a child: let go of what is the zygote's. Another's spare would outlive the zygote else."""
-        self._connection.close()
+            with contextlib.suppress(ValueError, KeyError, TypeError, ConnectionError):
+                serial = json.loads(packet)["serial"]
+                reply = {"serial": serial, **failure(errors.from_os_error(error, "zygote"))}
+                self._connection.send(json.dumps(reply).encode())
+            return None
+        if pid:
+            return None
         if self._spare is not None:
-            self._spare.work.close()
+            self._spare.close()  # it would outlive the zygote else
+        return packet, None
 
     # Spares
 
-    def _turn_spare(self) -> _Employment | None:
+    def _turn_spare(self) -> _Work | None:
         """Nobody asked for a while: make a spare shim, or end the one that nobody needs."""
         self._wants_spare = False
         if self._spare is not None:
-            self._spare.work.close()
+            self._spare.close()
             self._spare = None
+            sealed.refresh()
             return None
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -222,140 +173,53 @@ class Zygote:
             return None
         if pid == 0:
             ours.close()
-            self._leave()
-            return _Employment(None, theirs)
+            return b"", theirs
         theirs.close()
-        self._spare = _Spare(pid, processes.read_start_time(pid), ours)
+        self._spare = ours
         return None
 
-    def _employ_spare(self, request: dict[str, Any], listener: socket.socket) -> tuple[int, int]:
-        """Give the request to the spare: its pid and start time; 0 when there is none."""
+    def _employ_spare(self, packet: bytes) -> bool:
+        """Give the request to the spare; whether there is one."""
         spare, self._spare = self._spare, None
         if spare is None:
-            return 0, 0
-        with spare.work:
+            return False
+        with spare:
             try:
-                socket.send_fds(spare.work, [json.dumps(request).encode()], [listener.fileno()])
+                spare.send(packet)
             except OSError as error:
                 log.warning("the spare shim is gone: %s", error)
-                return 0, 0
-        return spare.pid, spare.start_time
-
-    # Others
-
-    def _fork_pause(self, serial: int, request: dict[str, Any]) -> dict[str, Any]:
-        enter = [
-            (str(request.get(key, "")), kind)
-            for key, kind in (("userns", namespaces.CLONE_NEWUSER), ("ipcns", namespaces.CLONE_NEWIPC),
-                              ("utsns", namespaces.CLONE_NEWUTS), ("netns", namespaces.CLONE_NEWNET))
-        ]
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        pid = libc.fork()
-        if pid == 0:
-            try:
-                self._leave()
-                labels = pause.Labels(str(request.get("label", "")), str(request.get("mount_label", "")))
-                groups = [str(folder) for folder in request.get("cgroups", [])]
-                pause.become(enter, str(request.get("hostname", "")), groups, labels, writer)
-            except BaseException as error:
-                os.write(writer, f"error {type(error).__name__}: {error}".encode()[:500])
-            os._exit(1)
-        os.close(writer)
-        try:
-            said = os.read(reader, 1024)
-        finally:
-            os.close(reader)
-        if not said.isdigit():
-            text = said.removeprefix(b"error ").decode("utf-8", "replace") or "it ended early"
-            raise errors.Internal(f"pause process: {text}")
-        return {"pid": int(said), "start_time": processes.read_start_time(int(said))}
-
-    def _cleanup(self, serial: int, request: dict[str, Any]) -> None:
-        """In a child, which answers by itself: it may take a while."""
-        arguments = (
-            str(request["namespace"]), str(request["id"]), str(request["bundle"]),
-            str(request.get("runtime", "") or "runc"),
-            str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
-        )
-        if libc.fork():
-            return
-        try:
-            if self._spare is not None:
-                self._spare.work.close()
-            self._signals.renew()
-            record = cleanup.clean_up(*arguments)
-            self._send({
-                "serial": serial, "pid": record.pid, "exit_status": record.exit_status,
-                "exited_at": record.exited_at, "oom_kills": record.oom_kills, "oom_level": record.oom_level,
-            })
-        except errors.Error as error:
-            self._send({"serial": serial, **_failure(error)})
-        except Exception as error:
-            self._send({"serial": serial, **_failure(errors.Internal(f"{type(error).__name__}: {error}"))})
-        finally:
-            os._exit(0)
+                return False
+        return True
 
 
-def _config_of(request: dict[str, Any]) -> ShimConfig:
-    return ShimConfig(
-        namespace=str(request["namespace"]), group=str(request["id"]), bundle=str(request["bundle"]),
-        socket=str(request["socket"]), events=str(request.get("events", "")), batches=True,
-        runtime=str(request.get("runtime", "") or "runc"),
-        runtime_root=str(request.get("runtime_root", "") or FOREIGN_RUNTIME_ROOT),
-        debug=bool(request.get("debug", False)), env=dict(request.get("env", {})),
-    )
+async def _live(connection: socket.socket, loop: serve.Loop, programs: Sequence[str], patience: float) -> None:
+    """Make a shim, then be the zygote of shims: this goes on in every fork where it stands in the zygote.
 
-
-async def _live(connection: socket.socket, loop: serve.Loop) -> None:
-    """Make a shim, then be the zygote of shims: this goes on in every fork where it stands in the zygote."""
+    `patience`: seconds after which a shim rests that has nothing to do; 0: it never does, and has no keeper.
+    """
     loop.signals.watch()
     shim = serve.Shim(loop.signals)
     loop.signals.install(list(loop.signals.calls))
+    sealed.prepare(programs)
     zygote = Zygote(connection, loop.signals)
     loop.before_fork()
     kept = memory.fill_gaps()
     gc.freeze()
     heap.forget_text()
-    employment = zygote.run()
-    if employment is None:
+    given = zygote.run()
+    if given is None:
         del kept
         return
+    packet, work = given
     try:
-        os.setsid()
-        loop.renew()
-        await _be_employed(employment, shim)
+        post = None
+        if patience and wants_shim(packet):
+            post = Keeper(loop.signals).become(connection.fileno(), -1 if work is None else work.fileno())
+        await Employment(shim, loop, connection, packet, work, post, patience).carry_out()
     except BaseException:
         log.exception("shim failed")
         os._exit(1)
     os._exit(0)
-
-
-async def _be_employed(employment: _Employment, shim: serve.Shim) -> None:
-    request, listener = employment.request, employment.listener
-    if request is None:
-        processes.set_title("containerd-shim-pctr-v1", "(spare)")
-        processes.set_name("pctr-spare")
-        await warm.rehearse(shim)
-        packet, descriptors, _, _ = socket.recv_fds(listener, _PACKET + 4096, 1, socket.MSG_CMSG_CLOEXEC)
-        listener.close()
-        if not packet or not descriptors:
-            return  # the zygote ended, or needs us no more
-        request, listener = json.loads(packet), socket.socket(fileno=descriptors[0])
-    await _serve(request, listener, shim)
-
-
-async def _serve(request: dict[str, Any], listener: socket.socket, shim: serve.Shim) -> None:
-    config = _config_of(request)
-    _redirect(str(request.get("log", "")))
-    if config.debug:
-        logging.getLogger().setLevel(logging.DEBUG)
-    if (score := request.get("oom_score_adj")) is not None:
-        processes.set_oom_score_adj(os.getpid(), int(score))
-    try:
-        cgroups.join([str(folder) for folder in request.get("cgroups", [])], os.getpid())
-    except OSError as error:
-        log.warning("joining a cgroup: %s", error)
-    await shim.serve(config, listener)
 
 
 def _greet(connection: socket.socket) -> None:
@@ -374,26 +238,12 @@ def _reap() -> None:
             pass
 
 
-def _failure(error: errors.Error) -> dict[str, Any]:
-    return {"error": {"code": int(error.code), "message": error.message}}
-
-
-def _redirect(log_path: str) -> None:
-    """Standard streams to the null device, the log to its file."""
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-    if log_path:
-        file = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.dup2(file, 2)
-        os.close(file)
-
-
 def main(arguments: list[str]) -> int:
     """Run on the descriptor given as the first argument; the second only makes room for a title of the forks.
 
-    The word `merge` behind them offers the memory of the zygote and its forks to ksmd.
+    Words behind them: `merge` offers the memory of the zygote and its forks to ksmd; `rest=SECONDS` lets shims rest
+    when they had nothing to do for so long (`keeper`); `seal=PROGRAM` names an OCI runtime to be run from a
+    sealed copy (`sealed`).
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     number = int(arguments[0])
@@ -405,10 +255,13 @@ def main(arguments: list[str]) -> int:
     _greet(connection)
     serve.prepare()
     kept = warm.warm_up()
-    if "merge" in arguments[2:]:
+    words = arguments[2:]
+    if "merge" in words:
         heap.offer_pages()
+    patience = next((float(word[5:]) for word in words if word.startswith("rest=")), 0.0)
+    programs = [word[5:] for word in words if word.startswith("seal=")]
     loop = serve.Loop()
-    loop.run_until_complete(_live(connection, loop))
+    loop.run_until_complete(_live(connection, loop, programs, patience))
     del kept
     return 0
 

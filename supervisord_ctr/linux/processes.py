@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from supervisord_ctr.linux import libc
 
@@ -63,6 +63,17 @@ def set_title(*words: str) -> None:
     text = "\0".join(words).encode()[:end - start - 1]
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, text, len(text))
+
+
+@contextlib.contextmanager
+def kept_title() -> Iterator[None]:
+    """What is done to the title inside is undone."""
+    start, end = argument_area()
+    before = ctypes.string_at(start, end - start)
+    try:
+        yield
+    finally:
+        ctypes.memmove(start, before, len(before))
 
 
 @functools.cache

@@ -30,6 +30,7 @@ _FOREIGN_GROUPS = frozenset({"docker", "kubepods", "machine", "init.scope"})
 #: Seconds that an empty group must have been there: another daemon may be filling it.
 _SETTLED = 5.0
 _SHIM_NAME = "pctr-shim"
+_WORKER_NAME = "pctr-worker"
 
 
 class TaskOrphans:
@@ -195,12 +196,15 @@ class TaskOrphans:
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
                     if file.read().strip() != _SHIM_NAME or os.readlink(f"/proc/{pid}/cwd") != folder:
                         continue
-                sockets = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+                workers, children = _family(pid)
+                sockets = {
+                    os.readlink(f"/proc/{member}/fd/{fd}") for member in (pid, *workers)
+                    for fd in os.listdir(f"/proc/{member}/fd")
+                }
             except OSError:
                 continue
             if pid in known or any(os.path.exists(path) for inode, path in listening if inode in sockets):
                 continue
-            children = _children(pid)
             problem = "a shim whose socket is gone"
             if children:
                 problem += f", with the processes {', '.join(map(str, children[:5]))}"
@@ -253,10 +257,16 @@ def _listeners(folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def _children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return [int(word) for word in file.read().split()]
-    return []
+def _family(pid: int) -> tuple[list[int], list[int]]:
+    """Children of a shim: its workers, and what it runs."""
+    workers: list[int] = []
+    others: list[int] = []
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        children = [int(word) for word in file.read().split()]
+    for child in children:
+        with contextlib.suppress(OSError), open(f"/proc/{child}/comm", encoding="utf-8", errors="replace") as name:
+            (workers if name.read().strip() == _WORKER_NAME else others).append(child)
+    return workers, others
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ _PACKET = 1 << 16
 #: Seconds before another zygote is started when one did not live long, doubled each time.
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
+#: Seconds that a fork may take to answer; only a clean-up may take longer, whose caller has a limit of its own.
+_PATIENCE = 60.0
 #: An argument that means nothing: where it lies, the zygote's forks write what ps shall show of them.
 _ROOM = " " * 320
 
@@ -54,13 +56,17 @@ class Remains:
 class Zygote:
     """One zygote at a time. `start` returns when it runs; `close` ends it, shims live on.
 
-    With `page_merging` its memory and that of its forks is offered to ksmd.
+    With `page_merging` its memory and that of its forks is offered to ksmd; `rest` are the seconds after which shims
+    without anything to do rest, 0: never; `programs` are OCI runtimes that shims run from a sealed copy.
     """
 
     def __init__(self, *, command: Sequence[str] = (sys.executable, "-I", "-m", "pctr_shim.zygote"),
-                 env: Mapping[str, str] | None = None, page_merging: bool = False) -> None:
+                 env: Mapping[str, str] | None = None, page_merging: bool = False, rest: float = 0.0,
+                 programs: Iterable[str] = ("runc",)) -> None:
         self._command = tuple(command)
-        self._options = ("merge",) if page_merging else ()
+        self._options = [f"rest={rest}", *(f"seal={program}" for program in sorted(programs))]
+        if page_merging:
+            self._options.append("merge")
         self._env = env
         self._owner = TaskOwner("zygote")
         self._ready = asyncio.Event()
@@ -151,7 +157,10 @@ class Zygote:
                 if isinstance(error, ConnectionError) and self._socket is sock:
                     self._ready.clear()  # the keeper will see it, too; who asks again before must wait for the next
                 raise errors.Unavailable(f"the zygote ended during {operation}", kind="zygote") from error
-            reply = await waiting
+            async with asyncio.timeout(_PATIENCE if operation != "cleanup" else None):
+                reply = await waiting
+        except TimeoutError:  # whoever was to answer has ended before that
+            raise errors.Unavailable(f"{operation} was not answered within {_PATIENCE:g} s", kind="zygote") from None
         finally:
             self._pending.pop(serial, None)
         failed = reply.get("error")

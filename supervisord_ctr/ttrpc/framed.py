@@ -63,6 +63,21 @@ class Framed(asyncio.BufferedProtocol, abc.ABC):
         return not self._over
 
     @property
+    def descriptor(self) -> int:
+        """The socket's; -1 when there is none any more."""
+        found = self._transport.get_extra_info("socket") if self._transport is not None else None
+        return found.fileno() if found is not None else -1
+
+    @property
+    def _still(self) -> bool:
+        """Whether it goes on and no byte of a frame is under way in this process, in or out."""
+        transport = self._transport
+        return (
+            transport is not None and not transport.is_closing() and not self._over and not self._held
+            and not self._parser.inside and not transport.get_write_buffer_size()
+        )
+
+    @property
     def _clogged(self) -> bool:
         """Whether the peer does not read what was sent."""
         return self._writable is not None

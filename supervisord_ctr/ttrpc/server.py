@@ -16,9 +16,9 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -46,10 +46,14 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A unary method: `handler(request, context)` gives the response message."""
+    """A unary method: `handler(request, context)` gives the response message.
+
+    `lasting`: it only waits for something, so that it may be cancelled and the request given to another process.
+    """
 
     request: type[Message]
     handler: Callable[[Any, Context], Awaitable[Message]]
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,13 @@ class StreamMethod:
 
     request: type[Message]
     handler: Callable[[AsyncIterator[Any], Context], AsyncIterator[Message]]
+
+
+class Standing(NamedTuple):
+    """A connection on which nothing happens: its descriptor, and the lasting requests that have no answer yet."""
+
+    descriptor: int
+    requests: Sequence[tuple[int, bytes]]
 
 
 Services = Mapping[str, Mapping[str, Method | StreamMethod]]
@@ -70,7 +81,7 @@ class Server:
         self._services = services
         self._check_peer = check_peer
         self._calls = TaskOwner("ttrpc calls")
-        self._servers: list[asyncio.AbstractServer] = []
+        self._servers: list[asyncio.Server] = []
         self._connections: set[_Connection] = set()
 
     async def serve(self, listener: socket.socket) -> None:
@@ -87,6 +98,35 @@ class Server:
             await made.ended()
         finally:
             made.hang_up()
+
+    async def take_over(self, connection: socket.socket, requests: Sequence[tuple[int, bytes]]) -> None:
+        """Serve a connection that stood still in another process, with its `Standing.requests`."""
+        connection.setblocking(False)
+        made = (await asyncio.get_running_loop().create_unix_connection(self._connection, sock=connection))[1]
+        made.renew(requests)
+
+    def standing(self) -> list[Standing] | None:
+        """Every connection, when nothing goes on but lasting requests; else None. The descriptors stay the server's."""
+        found = [connection.standing() for connection in self._connections]
+        standing = [one for one in found if one is not None]
+        if len(standing) < len(found) or len(self._calls) != sum(len(one.requests) for one in standing):
+            return None
+        return standing
+
+    @property
+    def listeners(self) -> list[int]:
+        """Descriptors of the listening sockets."""
+        return [listener.fileno() for server in self._servers for listener in server.sockets]
+
+    @property
+    def descriptors(self) -> set[int]:
+        """Descriptors of the connections."""
+        return {connection.descriptor for connection in self._connections}
+
+    @property
+    def calls(self) -> int:
+        """Requests that run."""
+        return len(self._calls)
 
     def _connection(self) -> _Connection:
         return _Connection(self._services, self._calls, self._connections, check_peer=self._check_peer)
@@ -123,6 +163,8 @@ class _Connection(Framed):
         self._check_peer = check_peer
         self._streams: dict[int, asyncio.Queue[wire.Frame | None]] = {}
         self._stream_tasks: dict[int, asyncio.Task[None]] = {}
+        #: Lasting requests under way, as they came.
+        self._lasting: dict[int, bytes] = {}
         self._running = 0
         self._last = 0
         self._end: asyncio.Future[None] | None = None
@@ -135,6 +177,17 @@ class _Connection(Framed):
             self.abort()
             return
         self._connections.add(self)
+
+    def standing(self) -> Standing | None:
+        """Itself, when nothing but lasting requests is under way."""
+        if not self._still or self._streams or self._running != len(self._lasting):
+            return None
+        return Standing(self.descriptor, tuple(self._lasting.items()))
+
+    def renew(self, requests: Sequence[tuple[int, bytes]]) -> None:
+        """Take lasting requests that another process was given."""
+        for stream, data in requests:
+            self._take(wire.Frame(stream, wire.REQUEST, 0, data))
 
     async def ended(self) -> None:
         """Return when the connection is over."""
@@ -211,6 +264,8 @@ class _Connection(Framed):
         timeout = request.timeout_nano / 1e9 if request.timeout_nano > 0 else None
         context = Context(metadata, timeout)
         if isinstance(method, Method):
+            if method.lasting and timeout is None:
+                self._lasting[frame.stream] = frame.data
             self._calls.start(self._unary(frame.stream, method, request, context), request.method)
             return
         queue: asyncio.Queue[wire.Frame | None] = asyncio.Queue()
@@ -239,6 +294,7 @@ class _Connection(Framed):
         except Exception as error:  # the one adapter from errors to statuses
             _set_status(response, error, request)
         finally:
+            self._lasting.pop(stream, None)
             self._done()
         await self._send(_packed(stream, response))
 

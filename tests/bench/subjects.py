@@ -134,8 +134,10 @@ class Subject(abc.ABC):
         return subprocess.run(command, check=True, capture_output=True, timeout=timeout, env=self.environment())
 
     def shims(self, tasks: list[int]) -> set[int]:
-        """The shims of the tasks: the parents of their processes."""
-        return {processes.parent(pid) for pid in tasks} - {0, 1, self.pid}
+        """The shims of the tasks: the parents of their processes, and what those run of their own program."""
+        parents = {processes.parent(pid) for pid in tasks} - {0, 1, self.pid}
+        family = set().union(*(processes.descendants(pid) for pid in parents)) - set(tasks)
+        return parents | {pid for pid in family if processes.program(pid) == processes.program(processes.parent(pid))}
 
     def daemon_processes(self, shims: set[int]) -> set[int]:
         """The daemon and its helpers: what descends from it, less `shims` and what descends from those."""

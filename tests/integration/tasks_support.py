@@ -21,6 +21,7 @@ from supervisord_ctr.api.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from supervisord_ctr.api.types.task import task_pb2
 from supervisord_ctr.oci.spec import PROCESS_TYPE_URL, TYPE_URL, SpecBuilder
 from tests.support.daemon import DaemonProcess, wait_until
+from tests.support.shim import workers
 
 #: Served by our own shim, and by Debian's.
 OWN = "io.containerd.runc.v2"
@@ -225,6 +226,12 @@ def shim_pid(client: Client, name: str) -> int:
         return int(record["pid"])
     pid = client.process(name).pid
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def shim_family(client: Client, name: str) -> list[int]:
+    """All processes of the shim that serves a task: its own, and its worker's while it has one."""
+    pid = shim_pid(client, name)
+    return [pid, *workers(pid)]
 
 
 def roots() -> Iterator[Path]:

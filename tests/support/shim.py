@@ -59,9 +59,9 @@ def make_rootfs(folder: Path) -> Path:
 class Zygote:
     """A zygote of this test process."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, rest: float = 0.0) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "pctr_shim.zygote", str(theirs.fileno()), " " * 320]
+        command = [sys.executable, "-m", "pctr_shim.zygote", str(theirs.fileno()), " " * 320, f"rest={rest}", "seal=runc"]
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL
         )
@@ -105,7 +105,8 @@ class Shim:
     async def wait(self, container: str, exec_id: str = "") -> int:
         """The exit status, when there is one."""
         request = api.WaitRequest(id=container, exec_id=exec_id)
-        return (await self.call("Wait", request, api.WaitResponse)).exit_status
+        waiting = self.client.call(self.service, "Wait", request, api.WaitResponse)  # without a limit, as daemons do
+        return (await asyncio.wait_for(waiting, PATIENCE)).exit_status
 
     async def delete(self, container: str, exec_id: str = "") -> api.DeleteResponse:
         """Delete a process."""
@@ -348,6 +349,21 @@ async def laboratory(kind: str, zygote: Zygote | None) -> AsyncIterator[Lab]:
         yield lab
     finally:
         await lab.close()
+
+
+def workers(pid: int) -> list[int]:
+    """The workers of a shim: one while it works, none while it rests."""
+    found = []
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text().strip() == "pctr-worker":
+                found.append(int(child))
+    return found
+
+
+async def rested(shim: Shim) -> None:
+    """Wait until the shim rests, or is gone."""
+    await wait_until(lambda: not workers(shim.pid), PATIENCE, "the shim to rest")
 
 
 async def read_all(fd: int, until: Callable[[bytes], bool] | None = None) -> bytes:

@@ -21,7 +21,7 @@ from supervisord_ctr.api.services.leases.v1 import leases_pb2, leases_pb2_grpc
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2
-from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, shim_pid
+from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, shim_family, shim_pid
 from tests.support import player
 from tests.support.daemon import DaemonProcess, wait_until
 
@@ -332,7 +332,7 @@ def test_s9_execs_leave_no_descriptor_behind(daemon: DaemonProcess, root: Path) 
     try:
         name = client.run("sleep", "1000")
         assert daemon.process is not None
-        watched = (daemon.process.pid, shim_pid(client, name))
+        daemon_pid = daemon.process.pid
         failures: list[str] = []
 
         def one(number: int) -> None:
@@ -357,7 +357,8 @@ def test_s9_execs_leave_no_descriptor_behind(daemon: DaemonProcess, root: Path) 
                 thread.join(TIMEOUT)
 
         def descriptors() -> list[int]:
-            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in watched]
+            families = [daemon_pid], shim_family(client, name)
+            return [sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in family) for family in families]
 
         several(0, 6)
         before = descriptors()

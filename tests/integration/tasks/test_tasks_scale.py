@@ -5,12 +5,13 @@ The sizes are small; `PCTR_TEST_TASKS=200 PCTR_TEST_EXECS=1000 PCTR_TEST_OUTPUT_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types.task import task_pb2
-from tests.integration.tasks_support import TIMEOUT, Client, shim_pid
+from tests.integration.tasks_support import TIMEOUT, Client, shim_family, shim_pid
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
 
 TASKS = int(os.environ.get("PCTR_TEST_TASKS", "10"))
@@ -31,16 +32,20 @@ SHIM_MEMORY = 5.0
 READERS = 48
 
 
-def memory(pid: int, field: str = "Private_Dirty") -> float:
-    """MiB of one kind."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
+def memory(pids: Iterable[int], field: str = "Private_Dirty") -> float:
+    """MiB of one kind, of all of these processes that there are."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+            assert found is not None
+            total += int(found[1])
+    return total / 1024
 
 
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def descriptors(*pids: int) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
 
 def zygote_pid(daemon: DaemonProcess) -> int:
@@ -72,9 +77,9 @@ def test_p13_p17_tasks_at_once_end_as_they_should_and_shims_stay_small(daemon: D
     at_once(8, TASKS, start)
     for name in names:
         client.wait_text(name, "up\n")
-    shims = [shim_pid(client, name) for name in names]
-    assert len(set(shims)) == TASKS
-    dirty, proportional = sorted(map(memory, shims)), sorted(memory(pid, "Pss") for pid in shims)
+    assert len({shim_pid(client, name) for name in names}) == TASKS
+    shims = [shim_family(client, name) for name in names]
+    dirty, proportional = sorted(map(memory, shims)), sorted(memory(family, "Pss") for family in shims)
     print(f"{TASKS} shims: proportional memory {proportional[0]:.2f} to {proportional[-1]:.2f} MiB, "
           f"mean {sum(proportional) / TASKS:.2f}; their own {sum(dirty) / TASKS:.2f} MiB")
     assert dirty[TASKS // 2] < SHIM_MEMORY
@@ -114,7 +119,7 @@ def test_the_memory_of_shims_is_offered_for_merging_unless_told_not_to(root: Pat
 def test_s9_execs_at_once_all_succeed_and_nothing_grows(daemon: DaemonProcess, client: Client) -> None:
     name = client.run("sleep", "1000000")
     assert daemon.process is not None
-    watched = (daemon.process.pid, shim_pid(client, name))
+    daemon_pid = daemon.process.pid
 
     def one(number: int) -> None:
         exec_id = f"e{number}"
@@ -124,7 +129,8 @@ def test_s9_execs_at_once_all_succeed_and_nothing_grows(daemon: DaemonProcess, c
         client.call(client.tasks.DeleteProcess, tasks_pb2.DeleteProcessRequest(container_id=name, exec_id=exec_id))
 
     def sizes() -> list[tuple[int, float]]:
-        return [(descriptors(pid), memory(pid)) for pid in watched]
+        family = shim_family(client, name)
+        return [(descriptors(daemon_pid), memory([daemon_pid])), (descriptors(*family), memory(family))]
 
     # Buffers and threads exist once as many calls have been made at a time as there will be.
     at_once(20, 40, one)
@@ -155,7 +161,7 @@ def test_p9_a_client_that_never_reads_costs_the_container_nothing(daemon: Daemon
             typist.sendall(json.dumps({"id": name, "stdin": True}).encode() + b"\n\0\0\0\0\3go\n")
             wait_until(lambda: b"finished" in tail_of(log), "the container has written all", 600)
             assert client.status(name) == task_pb2.RUNNING
-            assert memory(shim_pid(client, name)) < 2 * SHIM_MEMORY
+            assert memory(shim_family(client, name)) < 2 * SHIM_MEMORY
             payload = lines = 0
             with log.open("rb") as records:
                 for record in records:

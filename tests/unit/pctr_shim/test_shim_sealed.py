@@ -31,7 +31,7 @@ def runc(tmp_path: Path) -> str:
 
 
 def test_a_copy_is_sealed_and_closed_on_exec(runc: str) -> None:
-    sealed.prepare(runc)
+    sealed.prepare([runc])
     program = sealed.program(runc)
     assert program.startswith("/proc/self/fd/")
     fd = int(program.rpartition("/")[2])
@@ -50,14 +50,14 @@ def test_a_copy_is_sealed_and_closed_on_exec(runc: str) -> None:
 
 
 def test_a_program_that_was_replaced_is_run_itself_until_it_is_copied_again(runc: str) -> None:
-    sealed.prepare(runc)
+    sealed.prepare([runc])
     first = sealed.program(runc)
     false = shutil.which("false")
     assert false is not None
     os.unlink(runc)
     shutil.copy(false, runc)
     assert sealed.program(runc) == runc
-    sealed.prepare(runc)
+    sealed.prepare([runc])
     assert Path(sealed.program(runc)).read_bytes() == Path(false).read_bytes()
     assert len(sealed._copies) == 1
     assert first
@@ -69,25 +69,25 @@ def test_a_program_that_was_replaced_is_run_itself_until_it_is_copied_again(runc
 def test_other_runtimes_are_run_from_their_files(runc: str, name: str) -> None:
     other = str(Path(runc).with_name(name))
     os.rename(runc, other)
-    sealed.prepare(other)
+    sealed.prepare([other])
     assert sealed.program(other) == other
 
 
 def test_scripts_and_what_is_not_there_have_no_copy(runc: str) -> None:
     Path(runc).write_text("#!/bin/sh\n")
-    sealed.prepare(runc)
+    sealed.prepare([runc])
     assert sealed.program(runc) == runc
-    sealed.prepare(runc + "/runc")
+    sealed.prepare([runc + "/runc"])
     assert not sealed._copies
 
 
 def test_where_selinux_is_in_force_nothing_is_copied(runc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealed, "_SELINUX", "/proc/self/status")
-    sealed.prepare(runc)
+    sealed.prepare([runc])
     assert sealed.program(runc) == runc
 
 
 def test_a_copy_can_be_executed_and_knows_its_name(runc: str) -> None:
-    sealed.prepare(runc)
+    sealed.prepare([runc])
     pid = os.posix_spawn(sealed.program(runc), [runc], {})
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -1,0 +1,369 @@
+"""A shim that has nothing to do gives its memory back, and nobody notices: not its clients, not its container."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from pctr_shim.rest import next_patience
+
+from supervisord_ctr.aio import wait_until
+from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
+from supervisord_ctr.api.shim.v1 import shim_pb2
+from supervisord_ctr.api.types.task import task_pb2 as types
+from supervisord_ctr.linux import processes
+from supervisord_ctr.ttrpc import wire
+from tests.support.shim import PATIENCE, Lab, Shim, Zygote, laboratory, read_all, rested, workers
+from tests.support.streams import AttachedClient, parse_log
+
+PRIVATE = "pctr.shim.v1.Shim"
+#: Seconds; a shim that is woken soon waits twice as long the next time, so it is short.
+REST = 0.1
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    made = Zygote(rest=REST)
+    yield made
+    assert made.close() == 0
+
+
+@pytest.fixture
+async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
+    async with laboratory("zygote", zygote) as made:
+        yield made
+        for client in AttachedClient.opened:
+            await client.close()
+        AttachedClient.opened.clear()
+
+
+def private_memory(pid: int) -> int:
+    """KiB that only this process has."""
+    return int(re.findall(r"Private_Dirty: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[0])
+
+
+async def worker_of(shim: Shim) -> int:
+    """The shim's worker, as soon as it has one."""
+    await wait_until(lambda: len(workers(shim.pid)) == 1, PATIENCE, "a worker")
+    return workers(shim.pid)[0]
+
+
+async def test_p11_a_shim_at_rest_has_no_worker_and_half_the_memory(lab: Lab) -> None:
+    shim = await lab.run("c", ["sleep", "1000"])
+    worker = await worker_of(shim)
+    working = private_memory(shim.pid) + private_memory(worker)
+    await rested(shim)
+    print(f"{working} KiB at work, {private_memory(shim.pid)} KiB at rest")
+    assert private_memory(shim.pid) < working / 2
+    assert Path(f"/proc/{shim.pid}/comm").read_text().strip() == "pctr-shim"
+    await lab.finish(shim, "c")
+    await rested(shim)
+
+
+async def test_calls_wake_it_and_find_everything_as_it_was(lab: Lab) -> None:
+    address, reader = lab.fifo("out")
+    shim = await lab.run("c", ["sleep", "1000"], stdout=address)
+    os.close(reader)
+    before = await shim.state("c")
+    connect = api.ConnectRequest(id="c")
+    pids = await shim.call("Connect", connect, api.ConnectResponse)
+    await rested(shim)
+    assert await shim.state("c") == before
+    assert before.status == types.Status.RUNNING
+    await rested(shim)
+    assert await shim.call("Connect", connect, api.ConnectResponse) == pids
+    assert pids.shim_pid == shim.pid
+    info = await shim.client.call(PRIVATE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse, timeout=PATIENCE)
+    assert info.pid == shim.pid
+    assert [(found.id, found.pid, found.status) for found in info.containers] == [("c", before.pid, "running")]
+    assert set(info.containers[0].timings) == {"mount", "create", "start"}
+    await lab.finish(shim, "c")
+    assert lab.topics("c") == ["create", "start", "exit", "delete"]
+
+
+async def test_a_client_that_waits_is_told_of_an_exit_during_the_rest(lab: Lab) -> None:
+    shim = await lab.run("c", ["sleep", "1000"])
+    waiting = [asyncio.ensure_future(shim.wait("c")) for _ in range(3)]
+    pid = (await shim.state("c")).pid
+    await rested(shim)
+    assert not any(one.done() for one in waiting)
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGKILL)
+    assert await asyncio.gather(*waiting) == [137, 137, 137]
+    record = json.loads((lab.folder / "b" / "c" / "exit.json").read_text())
+    assert (record["pid"], record["exit_status"], record["signal"]) == (pid, 137, 9)
+    await lab.wait_topics(lambda topics: topics == ["create", "start", "exit"], "c")
+    assert (await shim.delete("c")).exit_status == 137
+    await shim.shutdown("c")
+
+
+async def test_a_stopped_container_rests_and_is_deleted(lab: Lab) -> None:
+    log = lab.folder / "0.log"
+    shim = await lab.run("c", ["sh", "-c", "echo hello; exit 7"], stdout=f"cri-log://{log}", stderr=f"cri-log://{log}")
+    assert await shim.wait("c") == 7
+    await rested(shim)
+    state = await shim.state("c")
+    assert (state.status, state.exit_status) == (types.Status.STOPPED, 7)
+    assert await shim.wait("c") == 7
+    await rested(shim)
+    assert (await shim.delete("c")).exit_status == 7
+    assert parse_log(log) == [(b"stdout", b"F", b"hello")]
+    assert not (lab.folder / "b" / "c" / "attach.sock").exists()
+    await shim.shutdown("c")
+
+
+async def test_a_created_container_rests_and_is_started(lab: Lab) -> None:
+    lab.bundle("c", ["sh", "-c", "exit 5"])
+    shim = await lab.launch("c")
+    await lab.create(shim, "c")
+    await rested(shim)
+    await shim.start("c")
+    assert await shim.wait("c") == 5
+    await shim.delete("c")
+    await shim.shutdown("c")
+
+
+async def test_p4_output_during_the_rest_arrives_and_a_line_may_span_it(lab: Lab) -> None:
+    log = lab.folder / "0.log"
+    fifo, reader = lab.fifo("err")
+    script = "echo -n begun; read x; echo ' and ended'; echo problem >&2; read x; echo last"
+    shim = await lab.run(
+        "c", ["sh", "-c", script], stdin="attach://", stdout=f"cri-log://{log}", stderr=fifo
+    )
+    for round_ in range(2):
+        await rested(shim)
+        assert parse_log(log) == [(b"stdout", b"F", b"begun and ended")] * round_
+        client = await AttachedClient.connect(lab.folder / "b" / "c", id="c", stdin=True)
+        assert await client.frame() == (3, b'{"attached": true}')
+        client.send(0, b"x\n")
+        await client.close()
+        await wait_until(lambda: log.read_bytes().count(b"\n") > round_, PATIENCE, "the line")  # noqa: B023
+    assert await shim.wait("c") == 0
+    assert await read_all(reader, lambda data: data == b"problem\n") == b"problem\n"
+    assert parse_log(log) == [(b"stdout", b"F", b"begun and ended"), (b"stdout", b"F", b"last")]
+    await shim.delete("c")
+    await shim.shutdown("c")
+
+
+async def test_the_program_itself_wakes_the_shim(lab: Lab) -> None:
+    log, trigger = lab.folder / "0.log", lab.rootfs / "trigger"
+    os.mkfifo(trigger)
+    shim = await lab.run(
+        "c", ["sh", "-c", "exec 3<>/trigger; read x <&3; echo $x; read x <&3; echo $x"], stdout=f"cri-log://{log}"
+    )
+    for word in ("one", "two"):
+        await rested(shim)
+        trigger.write_text(f"{word}\n")
+        await wait_until(lambda: word.encode() in log.read_bytes(), PATIENCE, "the line")  # noqa: B023
+    assert await shim.wait("c") == 0
+    assert [record[2] for record in parse_log(log)] == [b"one", b"two"]
+    await shim.delete("c")
+    await shim.shutdown("c")
+
+
+async def test_a_log_that_was_moved_away_is_written_until_it_is_opened_anew(lab: Lab) -> None:
+    log, old, trigger = lab.folder / "0.log", lab.folder / "0.log.old", lab.rootfs / "trigger"
+    os.mkfifo(trigger)
+    script = "exec 3<>/trigger; while read x <&3; do echo $x; done"
+    shim = await lab.run("c", ["sh", "-c", script], stdout=f"cri-log://{log}", stderr=f"cri-log://{log}")
+    await rested(shim)
+    log.rename(old)
+    trigger.write_text("old\n")
+    await wait_until(lambda: b"old" in old.read_bytes(), PATIENCE, "the line in the old file")
+    assert not log.exists()
+    await rested(shim)
+    await shim.client.call(PRIVATE, "ReopenLog", shim_pb2.ReopenLogRequest(id="c"), Empty, timeout=PATIENCE)
+    await rested(shim)
+    trigger.write_text("new\n")
+    await wait_until(lambda: log.exists() and b"new" in log.read_bytes(), PATIENCE, "the line in the new file")
+    assert [record[2] for record in parse_log(old)] == [b"old"]
+    await lab.finish(shim, "c")
+
+
+async def test_a_program_that_closed_its_streams_rests_and_its_log_is_opened_anew(lab: Lab) -> None:
+    log = lab.folder / "0.log"
+    script = "echo first; exec >/dev/null 2>&1; sleep 1000"
+    shim = await lab.run("c", ["sh", "-c", script], stdout=f"cri-log://{log}", stderr=f"cri-log://{log}")
+    await wait_until(lambda: b"first" in log.read_bytes(), PATIENCE, "the line")
+    for _ in range(2):
+        await rested(shim)
+        log.unlink()
+        await shim.client.call(PRIVATE, "ReopenLog", shim_pb2.ReopenLogRequest(id="c"), Empty, timeout=PATIENCE)
+        assert log.read_bytes() == b""
+    await rested(shim)
+    held = {os.readlink(f"/proc/{shim.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{shim.pid}/fd")}
+    assert str(log) in held
+    await lab.finish(shim, "c")
+
+
+async def test_input_reaches_the_process_after_a_rest_and_ends(lab: Lab) -> None:
+    path = str(lab.folder / "in")
+    os.mkfifo(path)
+    output, reader = lab.fifo("out")
+    writer = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    shim = await lab.run("c", ["sh", "-c", "read x; echo got $x; cat"], stdin=path, stdout=output)
+    await rested(shim)
+    os.write(writer, b"one\n")
+    seen = asyncio.ensure_future(read_all(os.dup(reader), lambda data: b"got one\n" in data))
+    await seen
+    await rested(shim)
+    os.write(writer, b"two\n")
+    os.close(writer)
+    await shim.call("CloseIO", api.CloseIORequest(id="c", stdin=True), Empty)
+    assert await shim.wait("c") == 0
+    assert await read_all(reader, lambda data: data.endswith(b"two\n")) == b"two\n"
+    await shim.delete("c")
+    await shim.shutdown("c")
+
+
+async def test_execs_pauses_and_limits_work_between_rests(lab: Lab) -> None:
+    shim = await lab.run("c", ["sleep", "1000"])
+    await rested(shim)
+    await shim.exec("c", "e", ["sh", "-c", "exit 4"])
+    await shim.start("c", "e")
+    assert await shim.wait("c", "e") == 4
+    await shim.delete("c", "e")
+    await rested(shim)
+    await shim.call("Pause", api.PauseRequest(id="c"), Empty)
+    await rested(shim)
+    assert (await shim.state("c")).status == types.Status.PAUSED
+    await rested(shim)
+    await shim.call("Resume", api.ResumeRequest(id="c"), Empty)
+    await rested(shim)
+    stats = await shim.call("Stats", api.StatsRequest(id="c"), api.StatsResponse)
+    assert stats.stats.type_url.endswith("Metrics")
+    await lab.finish(shim, "c")
+    assert lab.topics("c") == [
+        "create", "start", "exec-added", "exec-started", "exit", "paused", "resumed", "exit", "delete"
+    ]
+
+
+async def test_two_containers_of_one_shim_end_at_different_times(lab: Lab) -> None:
+    shim = await lab.run("c1", ["sleep", "1000"])
+    lab.bundle("c2", ["sh", "-c", "exit 3"])
+    await rested(shim)
+    await lab.create(shim, "c2")
+    await shim.start("c2")
+    assert await shim.wait("c2") == 3
+    await rested(shim)
+    assert await shim.wait("c2") == 3
+    assert (await shim.state("c1")).status == types.Status.RUNNING
+    await rested(shim)
+    await shim.delete("c2")
+    await rested(shim)
+    await lab.finish(shim, "c1")
+
+
+async def test_a_process_that_goes_on_keeps_it_at_work(lab: Lab) -> None:
+    """A terminal, an exec, an attached client: until they are gone."""
+    shim = await lab.run("c", ["sleep", "1000"])
+    await shim.exec("c", "e", ["sleep", "1000"])
+    await shim.start("c", "e")
+    client = await AttachedClient.connect(lab.folder / "b" / "c", id="c", stdout=True)
+    assert await client.frame() == (3, b'{"attached": true}')
+    worker = await worker_of(shim)
+    await asyncio.sleep(5 * REST)  # noqa: TID251  nothing must happen
+    assert workers(shim.pid) == [worker]
+    await shim.kill("c", exec_id="e")
+    await shim.wait("c", "e")
+    await shim.delete("c", "e")
+    await asyncio.sleep(5 * REST)  # noqa: TID251  nothing must happen
+    assert workers(shim.pid) == [worker]
+    await client.close()
+    await rested(shim)
+    await lab.finish(shim, "c")
+
+
+async def test_out_of_memory_kills_are_counted_across_a_rest(lab: Lab) -> None:
+    trigger = lab.rootfs / "trigger"
+    os.mkfifo(trigger)
+    shim = await lab.run(
+        "c", ["sh", "-c", "read x < /trigger; exec tail /dev/zero"],
+        bundle={"resources": {"memory": {"limit": 16 << 20}}},
+    )
+    await rested(shim)
+    trigger.write_text("x\n")
+    assert await shim.wait("c") == 137
+    record = json.loads((lab.folder / "b" / "c" / "exit.json").read_text())
+    assert (record["oom_kills"] >= 1, record["oom_level"]) == (True, "container")
+    assert (await lab.wait_topics(lambda topics: "exit" in topics, "c"))[2:4] == ["oom", "exit"]
+    await shim.delete("c")
+    await shim.shutdown("c")
+
+
+async def test_p5_neither_a_daemon_that_goes_nor_sigterm_ends_a_shim_at_rest(lab: Lab) -> None:
+    shim = await lab.run("c", ["sleep", "1000"])
+    await rested(shim)
+    os.kill(shim.pid, signal.SIGTERM)
+    await shim.client.close()
+    await lab.stop_events()
+    await asyncio.sleep(REST)  # noqa: TID251  nothing must happen
+    assert workers(shim.pid) == []
+    assert "woken" not in (lab.folder / "c.log").read_text()
+    pid = json.loads((lab.folder / "runc" / lab.namespace / "c" / "state.json").read_text())["init_process_pid"]
+    os.kill(pid, signal.SIGKILL)
+    await wait_until((lab.folder / "b" / "c" / "exit.json").exists, PATIENCE, "the exit record")
+    await lab.serve_events()
+    assert await lab.wait_topics(lambda topics: "exit" in topics, "c") == ["create", "start", "exit"]
+
+
+async def test_a_request_of_a_client_that_is_gone_is_carried_out(lab: Lab) -> None:
+    shim = await lab.run("c", ["sleep", "1000"])
+    await rested(shim)
+    request = shim_pb2.Request(
+        service="containerd.task.v3.Task", method="Kill",
+        payload=api.KillRequest(id="c", signal=signal.SIGKILL).SerializeToString(),
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(shim.path)
+        os.kill(shim.pid, signal.SIGSTOP)  # so that the keeper sees request and end together
+        client.sendall(wire.pack(1, wire.REQUEST, 0, request.SerializeToString()))
+    os.kill(shim.pid, signal.SIGCONT)
+    assert await shim.wait("c") == 137
+    await shim.delete("c")
+    await shim.shutdown("c")
+
+
+async def test_a_shim_dies_as_one(lab: Lab) -> None:
+    """SIGKILL to the keeper takes the worker along, and the other way round."""
+    for name in ("c1", "c2"):
+        shim = await lab.run(name, ["sleep", "1000"])
+        started = processes.read_start_time(shim.pid)
+        worker = await worker_of(shim)
+        worker_started = processes.read_start_time(worker)
+        os.kill(shim.pid if name == "c1" else worker, signal.SIGKILL)
+        await wait_until(lambda: not processes.is_alive(shim.pid, started), PATIENCE, "the end of the keeper")  # noqa: B023
+        await wait_until(lambda: not processes.is_alive(worker, worker_started), PATIENCE, "of the worker")  # noqa: B023
+        await asyncio.wait_for(shim.client.wait_closed(), PATIENCE)
+
+
+async def test_many_rests_keep_descriptors_and_memory(lab: Lab) -> None:
+    address, reader = lab.fifo("out")
+    shim = await lab.run("c", ["sleep", "1000"], stdout=address)
+    os.close(reader)
+    await rested(shim)
+    await shim.state("c")
+    await rested(shim)
+    descriptors, memory = len(os.listdir(f"/proc/{shim.pid}/fd")), private_memory(shim.pid)
+    for _ in range(3):
+        await shim.state("c")
+        await rested(shim)
+    assert len(os.listdir(f"/proc/{shim.pid}/fd")) == descriptors
+    assert private_memory(shim.pid) <= memory + 64
+    await lab.finish(shim, "c")
+
+
+def test_rests_that_end_soon_come_less_often() -> None:
+    assert next_patience(2.0, 2.0, rested=100.0) == 2.0
+    assert next_patience(2.0, 2.0, rested=1.0) == 4.0
+    assert next_patience(4.0, 2.0, rested=1.0) == 8.0
+    assert next_patience(60.0, 2.0, rested=1.0) == 60.0
+    assert next_patience(60.0, 2.0, rested=100.0) == 2.0
