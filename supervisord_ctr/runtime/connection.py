@@ -7,6 +7,7 @@ speaks 3 and does not is asked again as 2, once and for all.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=Message)
 
+#: Calls that change nothing.
+_LOOKING = frozenset({"State", "Stats", "Pids", "Connect"})
+#: Seconds without any call or event after which a task's state is as good as what the shim would say.
+_SETTLED = 1.0
 #: The header that carries the API namespace on ttrpc connections.
 NAMESPACE_HEADER = "containerd-namespace-ttrpc"
 
@@ -49,15 +54,37 @@ def _fill(message: AnyMessage, value: TypedValue | None) -> None:
 
 class TaskService:
     """The calls of one namespace on one connection. Every method raises what the shim answered, and
-    `Unavailable` when the connection ends."""
+    `Unavailable` when the connection ends.
 
-    def __init__(self, client: Client, namespace: str, version: int) -> None:
+    With `remembers`, for shims whose events come here, the state of a task in which nothing has happened for a
+    while is what it was when it was last asked: whoever lists tasks must not wake every shim that rests.
+    """
+
+    def __init__(self, client: Client, namespace: str, version: int, *, remembers: bool = False) -> None:
         self.client = client
         self.version = version
         self._metadata = {NAMESPACE_HEADER: [namespace]}
+        self._remembers = remembers
+        self._seen: dict[str, TaskState] = {}
+        self._happened = time.monotonic()
+
+    def note(self) -> None:
+        """Something happened in one of the tasks: what was seen counts no more."""
+        self._seen.clear()
+        self._happened = time.monotonic()
 
     async def call(self, method: str, request: Message, response: type[M], timeout: float | None = None) -> M:
         """One call of the task service."""
+        if method in _LOOKING:
+            return await self._call(method, request, response, timeout)
+        if method != "Wait":
+            self.note()
+        try:
+            return await self._call(method, request, response, timeout)
+        finally:
+            self.note()
+
+    async def _call(self, method: str, request: Message, response: type[M], timeout: float | None) -> M:
         try:
             return await self.call_service(f"containerd.task.v{self.version}.Task", method, request, response, timeout)
         except errors.Unimplemented:
@@ -110,15 +137,21 @@ class TaskService:
 
     async def state(self, task: str, exec_id: str, timeout: float | None = None) -> TaskState:
         """What a process is doing."""
+        if not exec_id and task in self._seen:
+            return self._seen[task]
+        asked = time.monotonic()
         found = await self.call("State", api.StateRequest(id=task, exec_id=exec_id), api.StateResponse, timeout)
         try:
             status = TaskStatus(found.status)
         except ValueError:
             status = TaskStatus.UNKNOWN
-        return TaskState(
+        state = TaskState(
             task, exec_id, found.pid, status, found.stdin, found.stdout, found.stderr, found.terminal,
             found.exit_status, seconds(found.exited_at), found.bundle,
         )
+        if self._remembers and not exec_id and asked > self._happened + _SETTLED:
+            self._seen[task] = state
+        return state
 
     async def wait(self, task: str, exec_id: str) -> Exit:
         """Wait for the end of a process, however long that takes."""

@@ -405,7 +405,7 @@ class Shims:
             if isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ECONNREFUSED):
                 raise errors.NotFound(f"no shim listens at {path}", kind="shim", key=record.address) from error
             raise
-        shim = Shim(key[0], record, TaskService(client, key[0], record.version))
+        shim = Shim(key[0], record, TaskService(client, key[0], record.version, remembers=not record.binary))
         self._by_address[key] = shim
         self._owner.start(self._watch(key, shim), f"watch {record.address}")
         return shim

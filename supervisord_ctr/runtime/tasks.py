@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
 
 from supervisord_ctr import errors, faults, filters
 from supervisord_ctr.aio import Executors, KeyedLock, TaskOwner, shielded
@@ -518,6 +519,13 @@ class Tasks:
 
     def _observe(self, event: Event) -> None:
         """Learn from a shim's event before others do."""
+        if event.topic.startswith("/tasks/"):
+            concerned = events_pb2.TaskPaused()  # the container is field 1 in all of them
+            with contextlib.suppress(DecodeError):
+                concerned.ParseFromString(event.event.value)
+            task = self._tasks.get((event.namespace, concerned.container_id))
+            if task is not None and task.shim is not None:
+                task.shim.service.note()
         if event.topic == "/tasks/exit" and event.event.type_url.endswith("TaskExit"):
             told = events_pb2.TaskExit()
             with contextlib.suppress(Exception):

@@ -1,0 +1,102 @@
+"""Shims at rest under a daemon: who looks at tasks does not wake them, and nobody sees anything but the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
+from supervisord_ctr.api.types.task import task_pb2
+from tests.integration.tasks_support import TIMEOUT, Client, shim_family, shim_pid
+from tests.support.daemon import DaemonProcess, running_daemon, wait_until
+
+#: Seconds after which the daemon believes what it saw of a task in which nothing happened.
+SETTLED = 1.0
+
+
+@pytest.fixture(scope="module")
+def resting() -> Iterator[DaemonProcess]:
+    with running_daemon("[runtime]\nshim_rest = 0.2\n") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def client(resting: DaemonProcess, root: Path) -> Iterator[Client]:
+    made = Client(resting, root)
+    yield made
+    made.close()
+
+
+def at_rest(client: Client, *names: str) -> bool:
+    return all(len(shim_family(client, name)) == 1 for name in names)
+
+
+def settle(client: Client, *names: str) -> None:
+    """Until the shims rest and the daemon has seen so."""
+    time.sleep(SETTLED)  # noqa: TID251  nothing must happen meanwhile
+    client.listed()
+    wait_until(lambda: at_rest(client, *names), "the shims rest", TIMEOUT)
+
+
+def test_p11_lists_and_states_let_shims_rest(client: Client) -> None:
+    names = [client.run("sleep", "1000000") for _ in range(3)]
+    settle(client, *names)
+    workers = {name: shim_family(client, name) for name in names}
+    for _ in range(3):
+        assert client.listed() == dict.fromkeys(names, task_pb2.RUNNING)
+        assert [client.process(name).status for name in names] == [task_pb2.RUNNING] * 3
+    assert {name: shim_family(client, name) for name in names} == workers
+    assert all(family == [shim_pid(client, name)] for name, family in workers.items())
+    for name in names:
+        client.finish(name)
+
+
+def test_what_happens_to_a_task_at_rest_is_seen(client: Client) -> None:
+    name = client.run("sleep", "1000000")
+    settle(client, name)
+    pid = client.process(name).pid
+    client.call(client.tasks.Pause, tasks_pb2.PauseTaskRequest(container_id=name))
+    assert client.status(name) == task_pb2.PAUSED
+    client.call(client.tasks.Resume, tasks_pb2.ResumeTaskRequest(container_id=name))
+    assert client.status(name) == task_pb2.RUNNING
+    settle(client, name)
+    os.kill(pid, signal.SIGKILL)
+    assert client.wait(name) == 137
+    assert client.status(name) == task_pb2.STOPPED
+    settle(client, name)
+    assert client.process(name).exit_status == 137
+    assert client.delete(name) == 137
+    client.remove(name)
+
+
+def test_an_exit_that_nobody_waited_for_is_seen(client: Client) -> None:
+    name = client.run("sleep", "1000000")
+    settle(client, name)
+    os.kill(client.process(name).pid, signal.SIGKILL)
+    wait_until(lambda: client.listed() == {name: task_pb2.STOPPED}, "the list tells", TIMEOUT)
+    client.finish(name)
+
+
+def test_p5_a_daemon_killed_while_shims_rest_finds_them(client: Client, resting: DaemonProcess) -> None:
+    names = [client.run("sh", "-c", f"trap 'exit {number}' TERM; while :; do sleep 0.1; done") for number in range(3)]
+    settle(client, *names)
+    pids = [client.process(name).pid for name in names]
+    resting.kill()
+    client.channel.close()
+    time.sleep(0.5)  # noqa: TID251  nothing must happen
+    os.kill(pids[2], signal.SIGTERM)
+    resting.start()
+    client.connect()
+    wait_until(lambda: client.listed() == {
+        names[0]: task_pb2.RUNNING, names[1]: task_pb2.RUNNING, names[2]: task_pb2.STOPPED,
+    }, "all are found", TIMEOUT)
+    assert [client.process(name).pid for name in names] == pids
+    client.kill(names[1], signal.SIGTERM)
+    assert [client.wait(name) for name in names[1:]] == [1, 2]
+    for name in names:
+        client.finish(name)
