@@ -92,7 +92,7 @@ class Employment:
         request, listener = made[0]
         config = configure(request, pid)
         if post is not None:
-            post.introduce(*serve.title(config))
+            post.introduce(os.path.dirname(config.socket), *serve.title(config))
             _settle(request, post.pid)
         _settle(request, os.getpid())
         if post is None:

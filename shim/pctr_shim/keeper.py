@@ -12,8 +12,8 @@ shim of the zygote consists of two processes:
 They talk over a `socketpair(AF_UNIX, SOCK_SEQPACKET)`; the first byte of a packet says what it is.
 
     from the worker   S serial     the number of the request that it is about to answer
-                      T words      it has answered; what ps shall show of the keeper, separated by zero bytes, and the
-                                   log's descriptor with it
+                      T words      it has answered; what ps shall show of the keeper, separated by zero bytes, and with
+                                   it the log and the folder to be in
                       A            the exit is noted: its process may be reaped
                       D marks      descriptors, one mark for each: `w` watch it, `c` it is a connection: so, too,
                                    `k` only keep it
@@ -78,9 +78,13 @@ class Post:
         """Tell the keeper which request is being answered."""
         self.keeper.send(b"S%d" % serial)
 
-    def introduce(self, *words: str) -> None:
-        """Tell the keeper that the request is answered, and what it is the keeper of; its log is ours."""
-        socket.send_fds(self.keeper, [b"T" + "\0".join(words).encode()[:_PACKET - 1]], [2])
+    def introduce(self, folder: str, *words: str) -> None:
+        """Tell the keeper that the request is answered, what it is the keeper of, and where; its log is ours."""
+        opened = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            socket.send_fds(self.keeper, [b"T" + "\0".join(words).encode()[:_PACKET - 1]], [2, opened])
+        finally:
+            os.close(opened)
 
 
 class Keeper:
@@ -201,7 +205,7 @@ class Keeper:
         elif kind == b"S":
             self._serial = packet[1:]
         elif kind == b"T":
-            self._introduce(packet[1:], descriptors[0])
+            self._introduce(packet[1:], *descriptors)
         elif not packet:
             self._ended()
 
@@ -217,7 +221,7 @@ class Keeper:
         self._kept, self._marks = [], b""
         self._say(b"N")
 
-    def _introduce(self, words: bytes, log: int) -> None:
+    def _introduce(self, words: bytes, log: int, folder: int) -> None:
         os.close(self._daemon)
         self._daemon = -1
         processes.set_name(SHIM_NAME)
@@ -225,8 +229,9 @@ class Keeper:
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         for fd, number in ((null, 0), (null, 1), (log, 2)):
             os.dup2(fd, number)
-        os.close(null)
-        os.close(log)
+        os.fchdir(folder)
+        for fd in (null, log, folder):
+            os.close(fd)
 
     def _look(self) -> None:
         """Tell the worker of the first process that has ended, unless it has one to note already."""

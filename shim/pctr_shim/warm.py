@@ -90,7 +90,7 @@ def _keep(signals: Signals) -> None:
 
     def work(post: keeper.Post) -> None:
         post.begin(1)
-        post.introduce("warm", "-id", "warm")
+        post.introduce(os.getcwd(), "warm", "-id", "warm")
         with open(os.path.join("/proc/self/stat"), "rb") as description:
             keeper.hand_over(post, [(reader, keeper.WATCH), (2, keeper.KEEP)], description.fileno())
         os._exit(0)

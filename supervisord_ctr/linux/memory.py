@@ -21,7 +21,7 @@ _LARGEST_SMALL = 512
 #: Bytes of one size that gaps may have. Where more is needed, the allocator is not the one that is known here.
 _MOST = 1 << 20
 _POOL = 16384
-_POOL_HEADER = 48
+_POOL_HEADER, _BEGINNING = 48, 512
 _HEADER_OF_BYTES = 33
 _LARGE = (65536, 32768, 16384, 8192, 4096, 3072, 2048, *range(1536, 0, -16))
 
@@ -80,9 +80,10 @@ def _block(size: int, number: int) -> object:
 
 
 def _fill(size: int) -> list[object] | None:
-    """Objects of one size until one is the first of a new pool, which it leaves again; None if there is no such.
+    """Objects of one size until one begins a new pool, which it leaves again; None if there is no such.
 
-    What is made next then begins a pool, on the page that has the pool's own data, too.
+    What is made next then lies on the page that has the pool's own data, too. The very first blocks may be
+    taken by the numbers that this works with.
     """
     kept: list[object] = []
     row, before = 0, 0
@@ -90,10 +91,11 @@ def _fill(size: int) -> list[object] | None:
     for number in range(_MOST // size):
         made = _block(size, number)
         place = id(made)
-        if row >= wanted and place % _POOL == _POOL_HEADER:
+        begins = place % _POOL < max(_POOL_HEADER + size, _BEGINNING)
+        if begins and row >= wanted:
             return kept
         kept.append(made)
-        row = row + 1 if place == before + size else row if place % _POOL == _POOL_HEADER else 0
+        row = row + 1 if place == before + size else row if begins else 0
         before = place
     return None
 

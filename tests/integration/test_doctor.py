@@ -258,9 +258,12 @@ def test_p5_a_bundle_whose_shim_died_goes_with_its_container(cri: Cri, client: C
     client.remove(name)
 
 
-def test_p5_a_shim_that_nobody_can_reach_is_ended_unless_it_serves_something(cri: Cri, client: Client) -> None:
+@pytest.mark.parametrize("rest", [0.0, 0.1], ids=["that never rests", "that may rest"])
+def test_p5_a_shim_that_nobody_can_reach_is_ended_unless_it_serves_something(
+    cri: Cri, client: Client, rest: float
+) -> None:
     """Its socket file is gone: an idle one is ended by a repair, one with a container is only told of."""
-    daemon, zygote = cri.daemon, Zygote()
+    daemon, zygote = cri.daemon, Zygote(rest=rest)
     idle = daemon.base / "idle"
     idle.mkdir()
     try:
