@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 MAX_RUNNING = 4096
 #: Messages of one stream that may wait for its handler.
 _STREAM_BACKLOG = 256
+#: Rounds of the loop that asyncio takes from accepting a connection to telling its protocol.
+_ACCEPTING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,10 @@ class Server:
 
     async def close(self) -> None:
         """Stop accepting, cancel what runs, end the connections."""
+        for fd in self.listeners:
+            asyncio.get_running_loop().remove_reader(fd)
+        for _ in range(_ACCEPTING):  # asyncio forgets to close what a server had accepted only just before its end
+            await asyncio.sleep(0)
         for server in self._servers:
             server.close()
         await self._calls.close()

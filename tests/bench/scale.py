@@ -104,7 +104,8 @@ class Density(Case):
     rows = (Row("memory of a shim", "MiB", 0.3), Row(f"memory of the daemon, {count} containers", "MiB", 1.0),
             Row(f"processor time of the daemon, {count} idle containers", "ms/s"))
     warm_up = False
-    window = 4.0
+    #: Seconds; longer than a shim waits before it rests that was asked for its task just now.
+    window = 8.0
 
     def ready(self, session: Session, subject: Subject) -> None:
         chain = have_image(session, subject)

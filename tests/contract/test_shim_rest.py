@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from pctr_shim.rest import next_patience
+from pctr_shim.rest import HANDING, next_patience
 
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
@@ -54,6 +55,14 @@ async def worker_of(shim: Shim) -> int:
     """The shim's worker, as soon as it has one."""
     await wait_until(lambda: len(workers(shim.pid)) == 1, PATIENCE, "a worker")
     return workers(shim.pid)[0]
+
+
+async def stays_at_work(shim: Shim) -> int:
+    """The shim's worker, which does not end though nothing happens."""
+    worker = await worker_of(shim)
+    await asyncio.sleep(6 * REST)  # noqa: TID251  nothing must happen
+    assert workers(shim.pid) == [worker]
+    return worker
 
 
 async def test_p11_a_shim_at_rest_has_no_worker_and_half_the_memory(lab: Lab) -> None:
@@ -217,6 +226,9 @@ async def test_input_reaches_the_process_after_a_rest_and_ends(lab: Lab) -> None
     await rested(shim)
     os.write(writer, b"two\n")
     os.close(writer)
+    await rested(shim)  # the end of a writer is not the end of the input: that is told
+    assert (await shim.state("c")).status == types.Status.RUNNING
+    await rested(shim)
     await shim.call("CloseIO", api.CloseIORequest(id="c", stdin=True), Empty)
     assert await shim.wait("c") == 0
     assert await read_all(reader, lambda data: data.endswith(b"two\n")) == b"two\n"
@@ -263,21 +275,23 @@ async def test_two_containers_of_one_shim_end_at_different_times(lab: Lab) -> No
 
 
 async def test_a_process_that_goes_on_keeps_it_at_work(lab: Lab) -> None:
-    """A terminal, an exec, an attached client: until they are gone."""
+    """An exec, an attached client, one that has not said yet what it wants: until they are gone."""
     shim = await lab.run("c", ["sleep", "1000"])
     await shim.exec("c", "e", ["sleep", "1000"])
     await shim.start("c", "e")
-    client = await AttachedClient.connect(lab.folder / "b" / "c", id="c", stdout=True)
-    assert await client.frame() == (3, b'{"attached": true}')
-    worker = await worker_of(shim)
-    await asyncio.sleep(5 * REST)  # noqa: TID251  nothing must happen
-    assert workers(shim.pid) == [worker]
+    worker = await stays_at_work(shim)
     await shim.kill("c", exec_id="e")
     await shim.wait("c", "e")
     await shim.delete("c", "e")
-    await asyncio.sleep(5 * REST)  # noqa: TID251  nothing must happen
-    assert workers(shim.pid) == [worker]
+    await rested(shim)
+    client = await AttachedClient.connect(lab.folder / "b" / "c", id="c", stdout=True)
+    assert await client.frame() == (3, b'{"attached": true}')
+    assert await stays_at_work(shim) != worker
     await client.close()
+    await rested(shim)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.connect(str(lab.folder / "b" / "c" / "attach.sock"))
+        await stays_at_work(shim)
     await rested(shim)
     await lab.finish(shim, "c")
 
@@ -318,18 +332,61 @@ async def test_p5_neither_a_daemon_that_goes_nor_sigterm_ends_a_shim_at_rest(lab
 async def test_a_request_of_a_client_that_is_gone_is_carried_out(lab: Lab) -> None:
     shim = await lab.run("c", ["sleep", "1000"])
     await rested(shim)
-    request = shim_pb2.Request(
-        service="containerd.task.v3.Task", method="Kill",
-        payload=api.KillRequest(id="c", signal=signal.SIGKILL).SerializeToString(),
+    state, kill = (
+        shim_pb2.Request(service="containerd.task.v3.Task", method=method, payload=payload.SerializeToString())
+        for method, payload in (("State", api.StateRequest(id="c")), ("Kill", api.KillRequest(id="c", signal=9)))
     )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(shim.path)
+        client.sendall(wire.pack(1, wire.REQUEST, 0, state.SerializeToString()))
+        await asyncio.to_thread(client.recv, 4096)
+        await rested(shim)
         os.kill(shim.pid, signal.SIGSTOP)  # so that the keeper sees request and end together
-        client.sendall(wire.pack(1, wire.REQUEST, 0, request.SerializeToString()))
+        client.sendall(wire.pack(3, wire.REQUEST, 0, kill.SerializeToString()))
     os.kill(shim.pid, signal.SIGCONT)
     assert await shim.wait("c") == 137
     await shim.delete("c")
     await shim.shutdown("c")
+
+
+async def test_an_exit_while_a_worker_hands_over_is_told_to_the_next_one() -> None:
+    zygote = Zygote({"PCTR_FAULTS": f"{HANDING}=sleep:0.5@1"}, rest=REST)
+    try:
+        async with laboratory("zygote", zygote) as lab:
+            shim = await lab.run("c", ["sleep", "1000"])
+            waiting = asyncio.ensure_future(shim.wait("c"))
+            pid = (await shim.state("c")).pid
+            worker = await worker_of(shim)
+            await wait_until(lambda: "rests" in (lab.folder / "c.log").read_text(), PATIENCE, "the hand-over")
+            os.kill(pid, signal.SIGKILL)
+            assert await waiting == 137
+            assert worker not in workers(shim.pid)
+            assert (await shim.delete("c")).exit_status == 137
+            await lab.wait_topics(lambda topics: topics == ["create", "start", "exit", "delete"], "c")
+            await shim.shutdown("c")
+    finally:
+        zygote.close()
+
+
+async def test_a_keeper_that_may_open_no_more_files_leaves_the_worker_at_work(lab: Lab) -> None:
+    lab.bundle("c", ["sleep", "1000"])
+    shim = await lab.launch("c")
+    worker = await worker_of(shim)
+    comm = Path(f"/proc/{shim.pid}/comm")
+    await wait_until(lambda: comm.read_text() == "pctr-shim\n", PATIENCE, "the keeper to have been introduced")
+    used = {int(fd) for fd in os.listdir(f"/proc/{shim.pid}/fd")}
+    only_two = [fd for fd in range(64) if fd not in used][2]
+    before = resource.prlimit(shim.pid, resource.RLIMIT_NOFILE, (only_two, 4096))
+    await lab.create(shim, "c")
+    await shim.start("c")
+    log = lab.folder / "c.log"
+    await wait_until(lambda: "may not have so many open files" in log.read_text(), PATIENCE, "the refusal")
+    assert workers(shim.pid) == [worker]
+    assert (await shim.state("c")).status == types.Status.RUNNING
+    resource.prlimit(shim.pid, resource.RLIMIT_NOFILE, (min(1024, before[0]), 4096))
+    await shim.state("c")
+    await rested(shim)
+    await lab.finish(shim, "c")
 
 
 async def test_a_shim_dies_as_one(lab: Lab) -> None:

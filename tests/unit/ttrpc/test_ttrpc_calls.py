@@ -246,6 +246,22 @@ async def test_a_hung_up_client_does_not_stop_its_call(tmp_path: Path) -> None:
         await asyncio.wait_for(echo.finished.wait(), 30)
 
 
+@pytest.mark.parametrize("rounds", range(6))
+async def test_a_server_that_ends_while_it_accepts_leaves_nothing_open(tmp_path: Path, rounds: int) -> None:
+    before = os.listdir("/proc/self/fd")
+    server = Server({})
+    await server.serve(listen(str(tmp_path / "s")))
+    with contextlib.ExitStack() as clients:
+        for _ in range(5):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            client.connect(str(tmp_path / "s"))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await server.close()
+        await asyncio.sleep(0)
+        assert len(os.listdir("/proc/self/fd")) - 5 <= len(before)
+
+
 async def test_s13_sockets_are_private_and_stale_ones_are_replaced(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     first = listen(path)
