@@ -344,6 +344,7 @@ async def test_a_request_of_a_client_that_is_gone_is_carried_out(lab: Lab) -> No
         os.kill(shim.pid, signal.SIGSTOP)  # so that the keeper sees request and end together
         client.sendall(wire.pack(3, wire.REQUEST, 0, kill.SerializeToString()))
     os.kill(shim.pid, signal.SIGCONT)
+    await wait_until((lab.folder / "b" / "c" / "exit.json").exists, PATIENCE, "the exit record")
     assert await shim.wait("c") == 137
     await shim.delete("c")
     await shim.shutdown("c")
