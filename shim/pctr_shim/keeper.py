@@ -14,18 +14,20 @@ They talk over a `socketpair(AF_UNIX, SOCK_SEQPACKET)`; the first byte of a pack
     from the worker   S serial     the number of the request that it is about to answer
                       T words      it has answered; what ps shall show of the keeper, separated by zero bytes, and with
                                    it the log and the folder to be in
-                      A            the exit is noted: its process may be reaped
+                      A            the exit is heard of: its process may be reaped; the worker waits for G
                       D marks      descriptors, one mark for each: `w` watch it, `c` it is a connection: so, too,
                                    `k` only keep it
                       R            the description, in a file that comes along: it is the last; the worker waits for K
     from the keeper   E pid status a container's process has ended (wait status as of wait(2)); it stays until A
+                      G            it is gone
                       K            all is kept
                       N            it could not be: the worker works on
 
-A process that has ended stays until the worker has noted its end: nobody else can get its pid meanwhile, and
-what a worker did not get to note is told to the next one. The worker ends with the keeper. When a worker ends without
-having handed over, so does the keeper: a shim dies as one; and when that was before it had answered its request, the
-keeper does so.
+A process that has ended stays until the worker has heard of it: nobody else can get its pid while the worker may
+signal it, and what a worker did not get to hear is told to the next one. It is gone before anybody else is told.
+
+The worker ends with the keeper. When a worker ends without having handed over, so does the keeper: a shim dies as one;
+and when that was before it had answered its request, the keeper does so.
 """
 
 from __future__ import annotations
@@ -197,6 +199,7 @@ class Keeper:
         if kind == b"A" and self._told:
             os.waitpid(self._told, 0)
             self._told = 0
+            self._say(b"G")
         elif kind == b"D":
             self._kept += descriptors
             self._marks += packet[1:]

@@ -51,8 +51,10 @@ class Reaper:
             if not packet:
                 raise ConnectionResetError("the keeper is gone")
             _, pid, status = EXIT.unpack(packet)
-            self._ended(pid, status)
             keeper.send(b"A")
+            if not keeper.recv(1):  # at once: the keeper does little else
+                raise ConnectionResetError("the keeper is gone")
+            self._ended(pid, status)
         except BlockingIOError:
             return
         except ConnectionError as error:

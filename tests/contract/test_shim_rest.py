@@ -107,6 +107,7 @@ async def test_a_client_that_waits_is_told_of_an_exit_during_the_rest(lab: Lab) 
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGKILL)
     assert await asyncio.gather(*waiting) == [137, 137, 137]
+    assert not Path(f"/proc/{pid}").exists()
     record = json.loads((lab.folder / "b" / "c" / "exit.json").read_text())
     assert (record["pid"], record["exit_status"], record["signal"]) == (pid, 137, 9)
     await lab.wait_topics(lambda topics: topics == ["create", "start", "exit"], "c")
