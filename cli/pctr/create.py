@@ -428,9 +428,10 @@ def _prepare(client: Client, request: light.PrepareSnapshotRequest, args: Any) -
         if uids:
             from pctr import mapped
             from pctr.services import Lease
+            from supervisord_ctr.linux import idmaps
 
             if args.remap_labels or mapped.can_map(client, request.snapshotter):
-                request.labels = mapped.labels(uids, gids)
+                request.labels = idmaps.snapshot_labels(uids, gids)
             else:
                 lease = stack.enter_context(Lease(client))
                 request.parent = mapped.mapped_parent(client, lease, request.snapshotter, request.parent, uids, gids)

@@ -19,14 +19,9 @@ from supervisord_ctr.linux import idmaps
 from supervisord_ctr.linux.idmaps import IdMap
 from supervisord_ctr.linux.mounts import temp_mount
 from supervisord_ctr.model import Mount
-from supervisord_ctr.names import CAPABILITY_REMAP_IDS, LABEL_GID_MAPPING, LABEL_UID_MAPPING
+from supervisord_ctr.names import CAPABILITY_REMAP_IDS
 
 _FILE_CAPABILITIES = "security.capability"
-
-
-def labels(uids: Sequence[IdMap], gids: Sequence[IdMap]) -> dict[str, str]:
-    """What a snapshotter that maps owners is told."""
-    return {LABEL_UID_MAPPING: idmaps.text(uids), LABEL_GID_MAPPING: idmaps.text(gids)}
 
 
 def can_map(client: Client, snapshotter: str) -> bool:

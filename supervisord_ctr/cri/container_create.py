@@ -40,14 +40,7 @@ from supervisord_ctr.linux import idmaps
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.model import Container as StoredContainer
 from supervisord_ctr.model import Mount, TypedValue
-from supervisord_ctr.names import (
-    CAPABILITY_REMAP_IDS,
-    CRI_NAMESPACE,
-    LABEL_GC_ROOT,
-    LABEL_GID_MAPPING,
-    LABEL_UID_MAPPING,
-    check_line,
-)
+from supervisord_ctr.names import CAPABILITY_REMAP_IDS, CRI_NAMESPACE, LABEL_GC_ROOT, check_line
 from supervisord_ctr.oci import selinux
 from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder
 from supervisord_ctr.oci.users import User
@@ -228,7 +221,7 @@ async def _snapshot(core: Core, container: Container, image: ImageRecord) -> tup
             raise errors.FailedPrecondition(
                 f"snapshotter {container.snapshotter!r} does not support user namespaces", kind="snapshotter"
             )
-        labels[LABEL_UID_MAPPING], labels[LABEL_GID_MAPPING] = idmaps.text(uids), idmaps.text(gids)
+        labels.update(idmaps.snapshot_labels(uids, gids))
     parent = image.chain_id
     # Not durable by itself: the stored container that needs it is, and takes it along.
     try:

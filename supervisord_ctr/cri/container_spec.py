@@ -167,10 +167,7 @@ def _namespaces(builder: SpecBuilder, what: Build) -> None:
         builder.with_host_namespace("pid")
     uids, gids = userns.mappings(options)
     if uids:
-        builder.with_user_namespace(
-            uids,
-            gids, what.places.user,
-        )
+        builder.with_user_namespace(uids, gids, what.places.user)
         if not what.places.network:
             builder.without_mounts("/sys").with_mounts([{
                 "destination": "/sys", "type": "bind", "source": "/sys",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,14 @@ class IdMapped:
     gids: str
 
 
-def map_text(entries: Sequence[pb.IDMapping]) -> str:
+def to_maps(entries: Iterable[pb.IDMapping]) -> list[IdMap]:
+    """What a request says, as ranges."""
+    return [IdMap(entry.container_id, entry.host_id, entry.length) for entry in entries]
+
+
+def map_text(entries: Iterable[pb.IDMapping]) -> str:
     """A map as the kernel's helpers take it."""
-    return idmaps.text(IdMap(entry.container_id, entry.host_id, entry.length) for entry in entries)
+    return idmaps.text(to_maps(entries))
 
 
 def make(folder: Path, wanted: Sequence[IdMapped], namespaces: Mapping[tuple[str, str], Path]) -> None:

@@ -15,19 +15,12 @@ from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import ids
 from supervisord_ctr.cri.core import Core
-from supervisord_ctr.cri.id_mapped import map_text
+from supervisord_ctr.cri.id_mapped import to_maps
 from supervisord_ctr.cri.state import Container
-from supervisord_ctr.linux import files
+from supervisord_ctr.linux import files, idmaps
 from supervisord_ctr.linux import mounts as system_mounts
 from supervisord_ctr.model import Mount
-from supervisord_ctr.names import (
-    CAPABILITY_REMAP_IDS,
-    CRI_NAMESPACE,
-    LABEL_GC_ROOT,
-    LABEL_GID_MAPPING,
-    LABEL_UID_MAPPING,
-    check_line,
-)
+from supervisord_ctr.names import CAPABILITY_REMAP_IDS, CRI_NAMESPACE, LABEL_GC_ROOT, check_line
 
 
 def _failed(kind: type[errors.Error], message: str) -> errors.Error:
@@ -74,7 +67,7 @@ def _mapping_labels(mount: pb.Mount, capabilities: Collection[str]) -> dict[str,
         return {}
     if CAPABILITY_REMAP_IDS not in capabilities:
         raise _failed(errors.FailedPrecondition, "the snapshotter cannot map owners, as a user namespace needs it")
-    return {LABEL_UID_MAPPING: map_text(mount.uidMappings), LABEL_GID_MAPPING: map_text(mount.gidMappings)}
+    return idmaps.snapshot_labels(to_maps(mount.uidMappings), to_maps(mount.gidMappings))
 
 
 def _mount(layers: tuple[Mount, ...], target: Path, sub_path: str, label: str) -> str:

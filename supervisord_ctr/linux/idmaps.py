@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from supervisord_ctr.names import LABEL_GID_MAPPING, LABEL_UID_MAPPING
+
 
 class IdMap(NamedTuple):
     """`size` IDs from `inside` on are those from `outside` on."""
@@ -20,6 +22,11 @@ def outside(maps: Iterable[IdMap], owner: int) -> int | None:
         if entry.inside <= owner < entry.inside + entry.size:
             return entry.outside + owner - entry.inside
     return None
+
+
+def snapshot_labels(uids: Iterable[IdMap], gids: Iterable[IdMap]) -> dict[str, str]:
+    """What a snapshotter that maps owners is told."""
+    return {LABEL_UID_MAPPING: text(uids), LABEL_GID_MAPPING: text(gids)}
 
 
 def text(maps: Iterable[IdMap]) -> str:
