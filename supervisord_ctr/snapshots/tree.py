@@ -12,6 +12,7 @@ container's files are taken for rubbish (P6).
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -53,7 +54,7 @@ COMMITTED = faults.declare("snapshot.commit.recorded", "a snapshot is committed,
 REMOVED = faults.declare("snapshot.remove.recorded", "a snapshot's record is gone, its directory is not")
 
 
-class LocalSnapshotter:
+class LocalSnapshotter(abc.ABC):
     """Base of the local snapshotters; a subclass makes directories and says how to mount them."""
 
     capabilities: frozenset[str] = frozenset()
@@ -74,17 +75,17 @@ class LocalSnapshotter:
 
     # For subclasses.
 
+    @abc.abstractmethod
     def make(self, number: int, kind: SnapshotKind, parents: Sequence[int], owner: tuple[int, int] | None) -> None:
         """Make the directory `number`. Blocks. `parents` are the ids below, nearest first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def mount_list(self, record: SnapshotRecord, parents: Sequence[int]) -> tuple[Mount, ...]:
         """How to mount an active snapshot or a view."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def changes_dir(self, number: int) -> Path:
         """The directory whose disk usage is the snapshot's."""
-        raise NotImplementedError
 
     def directory(self, number: int) -> Path:
         """The directory of a snapshot."""
@@ -138,7 +139,7 @@ class LocalSnapshotter:
             "size": record.size, "inodes": record.inodes,
         }).encode(), sync=False)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  not every one holds something
         """Nothing to let go of."""
 
     def _get(self, key: str) -> SnapshotRecord:
