@@ -137,7 +137,7 @@ class TaskService:
 
     async def state(self, task: str, exec_id: str, timeout: float | None = None) -> TaskState:
         """What a process is doing."""
-        if not exec_id and task in self._seen:
+        if not exec_id and task in self._seen and not self.client.closed:
             return self._seen[task]
         asked = time.monotonic()
         found = await self.call("State", api.StateRequest(id=task, exec_id=exec_id), api.StateResponse, timeout)
