@@ -57,8 +57,9 @@ class Container:
 
     def __init__(
         self, config: ShimConfig, reaper: Reaper, tasks: TaskOwner, publish: Publish, container_id: str, bundle: str,
-        options: options_pb2.Options, oom_told: dict[str, int],
+        options: options_pb2.Options, oom_told: dict[str, int], program: str = "",
     ) -> None:
+        """`program`: the OCI runtime's path, known already; it need not be there at the moment."""
         self.id = container_id
         self.namespace = config.namespace
         self.bundle = bundle
@@ -81,10 +82,8 @@ class Container:
         self._init_ended: tuple[Exit, int] | None = None
         self._attach: attach.AttachSocket | None = None
         root = options.root or config.runtime_root
-        self.runtime = Runtime.find(
-            options.binary_name or config.runtime, os.path.join(root, config.namespace), options.systemd_cgroup,
-            environment(),
-        )
+        how = os.path.join(root, config.namespace), options.systemd_cgroup, environment()
+        self.runtime = Runtime(program, *how) if program else Runtime.find(options.binary_name or config.runtime, *how)
 
     @property
     def oom_kills(self) -> int:
@@ -271,7 +270,8 @@ class Container:
             raise Busy(f"{self.id} has added processes")
         ended = self._init_ended
         return {
-            "id": self.id, "bundle": self.bundle, "options": self.options.SerializeToString().hex(),
+            "id": self.id, "bundle": self.bundle, "program": self.runtime.binary,
+            "options": self.options.SerializeToString().hex(),
             "init": self.init.leave(belongings),
             "mounts": [[mount.type, mount.source, list(mount.options), mount.target] for mount in self._mounts],
             "timings": self.timings, "pid_namespace": self._own_pid_namespace, "poststart": self.has_poststart_hooks,

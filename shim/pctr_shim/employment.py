@@ -90,9 +90,11 @@ class Employment:
         if not made:
             return
         request, listener = made[0]
-        config = configure(request, pid)
+        config = _configure(request, pid)
+        _redirect(str(request.get("log", "")))
         if post is not None:
-            post.introduce(os.path.dirname(config.socket), *serve.title(config))
+            serve.enter(config)
+            post.introduce(*serve.title(config))
             _settle(request, post.pid)
         _settle(request, os.getpid())
         if post is None:
@@ -104,12 +106,15 @@ class Employment:
         await self.shim.until_stopped()
 
     async def _next(self, post: Post) -> None:
-        """Be a worker that goes on with what another one left."""
+        """Be a worker that goes on with what another one left.
+
+        Nothing is opened by its path: what the shim was started with may be gone, and its container runs all the same.
+        """
         faults.point(rest.WOKEN)
         self.daemon.detach()  # the keeper has closed it
         left = rest.read(post)
         request = left["request"]
-        self.shim.become(configure(request, post.pid))
+        self.shim.become(_configure(request, post.pid))
         await rest.resume(self.shim, left, post.descriptors)
         patience = rest.next_patience(left["patience"], self.patience, post.rested)
         rest.Rest(self.loop, self.shim, post, request, patience).begin()
@@ -144,11 +149,10 @@ def _config_of(request: Mapping[str, Any]) -> ShimConfig:
     )
 
 
-def configure(request: Mapping[str, Any], pid: int) -> ShimConfig:
-    """Point standard streams and the log to where they belong; what the shim shall be. `pid` is the shim's."""
+def _configure(request: Mapping[str, Any], pid: int) -> ShimConfig:
+    """What the shim shall be; its log tells as much as was asked for. `pid` is the shim's."""
     config = _config_of(request)
     config.pid = pid
-    _redirect(str(request.get("log", "")))
     if config.debug:
         logging.getLogger().setLevel(logging.DEBUG)
     return config

@@ -17,7 +17,8 @@ They talk over a `socketpair(AF_UNIX, SOCK_SEQPACKET)`; the first byte of a pack
                       A            the exit is heard of: its process may be reaped; the worker waits for G
                       D marks      descriptors, one mark for each: `w` watch it, `c` it is a connection: so, too,
                                    `k` only keep it
-                      R            the description, in a file that comes along: it is the last; the worker waits for K
+                      R            the description, in a file that comes along: it is the last; the worker waits for K.
+                                   Without a file: what came shall not be kept after all
     from the keeper   E pid status a container's process has ended (wait status as of wait(2)); it stays until A
                       G            it is gone
                       K            all is kept
@@ -43,7 +44,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pctr_shim.signals import Signals
+from supervisord_ctr import faults
 from supervisord_ctr.linux import libc, processes
+
+HANDING = faults.declare("shim.rest.handing-over", "descriptors are with the keeper; the description is not")
 
 SHIM_NAME = "pctr-shim"
 WORKER_NAME = "pctr-worker"
@@ -80,9 +84,9 @@ class Post:
         """Tell the keeper which request is being answered."""
         self.keeper.send(b"S%d" % serial)
 
-    def introduce(self, folder: str, *words: str) -> None:
-        """Tell the keeper that the request is answered, what it is the keeper of, and where; its log is ours."""
-        opened = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    def introduce(self, *words: str) -> None:
+        """Tell the keeper that the request is answered, and what it is the keeper of; log and folder are ours."""
+        opened = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             socket.send_fds(self.keeper, [b"T" + "\0".join(words).encode()[:_PACKET - 1]], [2, opened])
         finally:
@@ -327,10 +331,16 @@ def hand_over(post: Post, descriptors: Sequence[tuple[int, int]], description: i
 
     True: the worker has to end now. False: it has to work on. `ConnectionError` when the keeper is gone.
     """
-    for start in range(0, len(descriptors), MOST_DESCRIPTORS):
-        part = descriptors[start:start + MOST_DESCRIPTORS]
-        socket.send_fds(post.keeper, [b"D" + bytes(mark for _, mark in part)], [fd for fd, _ in part])
-    socket.send_fds(post.keeper, [b"R"], [description])
+    try:
+        for start in range(0, len(descriptors), MOST_DESCRIPTORS):
+            part = descriptors[start:start + MOST_DESCRIPTORS]
+            socket.send_fds(post.keeper, [b"D" + bytes(mark for _, mark in part)], [fd for fd, _ in part])
+        faults.point(HANDING)
+        socket.send_fds(post.keeper, [b"R"], [description])
+    except ConnectionError:
+        raise
+    except OSError:  # too many descriptors are on their way (unix(7), ETOOMANYREFS), or there is no memory
+        post.keeper.send(b"R")
     while True:
         packet = post.keeper.recv(_PACKET)
         if packet == b"K":

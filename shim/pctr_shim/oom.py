@@ -16,13 +16,13 @@ from supervisord_ctr.linux import cgroups
 class OomCount:
     """The kills of one container. `told` is shared by the containers of a shim: parent's folder → kills told."""
 
-    def __init__(self, group: cgroups.Cgroup, told: dict[str, int], before: int = -1) -> None:
+    def __init__(self, group: cgroups.Cgroup, told: dict[str, int], before: int | None = None) -> None:
         self.kills = 0
         self.level = ""
         self._group = group
         self._told = told
         self._parent = group.parent()
-        self._before = self._untold() if before < 0 else before
+        self._before = self._untold() if before is None else before
 
     def _untold(self) -> int:
         if self._parent is None:

@@ -17,6 +17,7 @@ import os
 import selectors
 import socket
 from collections.abc import Mapping, Sequence
+from io import BufferedRandom
 from typing import Any
 
 from pctr_shim import keeper
@@ -26,7 +27,6 @@ from supervisord_ctr import faults
 
 log = logging.getLogger(__name__)
 
-HANDING = faults.declare("shim.rest.handing-over", "descriptors are with the keeper; the description is not")
 WOKEN = faults.declare("shim.rest.woken", "a new worker runs and has taken up nothing yet")
 RESUMED = faults.declare("shim.rest.resumed", "a new worker has taken up everything and answered nobody")
 
@@ -61,18 +61,16 @@ class Rest:
             log.exception("no rest")
             return
         log.debug("rests, with %d descriptors", len(belongings.descriptors))
-        file = os.memfd_create("shim", os.MFD_CLOEXEC)
         try:
-            os.write(file, description.encode())
-            faults.point(HANDING)
-            if keeper.hand_over(self._post, [(fd, marks[fd]) for fd in belongings.descriptors], file):
-                os._exit(0)
-            log.warning("no rest: the keeper may not have so many open files")
-        except OSError as error:
-            log.error("handing over: %s", error)
+            with _in_memory(description.encode()) as file:
+                if keeper.hand_over(self._post, [(fd, marks[fd]) for fd in belongings.descriptors], file.fileno()):
+                    os._exit(0)
+            log.warning("no rest: the keeper did not get everything: there are too many open files")
+        except ConnectionError as error:
+            log.error("%s: so the shim ends", error)
             os._exit(1)
-        finally:
-            os.close(file)
+        except OSError as error:
+            log.warning("no rest: %s", error)
 
     def _describe(self, belongings: Belongings) -> dict[str, Any]:
         shim = self._shim
@@ -105,6 +103,18 @@ class Rest:
         if len(asyncio.all_tasks()) != 1 + self._shim.publisher.tasks + self._shim.server.calls:
             raise Busy("a task")
         return marks
+
+
+def _in_memory(data: bytes) -> BufferedRandom:
+    """A file that only its descriptors name, which holds `data`."""
+    file = os.fdopen(os.memfd_create("shim", os.MFD_CLOEXEC), "w+b")
+    try:
+        file.write(data)
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def read(post: keeper.Post) -> dict[str, Any]:

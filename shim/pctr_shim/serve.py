@@ -131,13 +131,13 @@ class Shim:
         processes.set_name(SHIM_NAME)
         processes.set_title(*title(config))
         processes.set_child_subreaper()
+        enter(config)
         self.become(config)
         await self.server.serve(listener)
         await self.until_stopped()
 
     def become(self, config: ShimConfig) -> None:
         """The shim of this configuration, which does not listen yet."""
-        os.chdir(os.path.dirname(config.socket) or "/")  # bundles come and go
         if config.env:
             os.environ.update(config.env)
             runc.environment.cache_clear()
@@ -156,6 +156,11 @@ class Shim:
         await self.publisher.close()
         await self.server.close()
         await self.tasks.tasks.close()
+
+
+def enter(config: ShimConfig) -> None:
+    """Be in a folder that lasts: bundles come and go."""
+    os.chdir(os.path.dirname(config.socket) or "/")
 
 
 def title(config: ShimConfig) -> tuple[str, ...]:

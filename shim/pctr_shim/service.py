@@ -100,7 +100,7 @@ class TaskService:
             options = options_pb2.Options.FromString(bytes.fromhex(entry["options"]))
             container = Container(
                 self._config, self._reaper, self.tasks, self._publisher.publish, entry["id"], entry["bundle"], options,
-                self._oom_told,
+                self._oom_told, entry["program"],
             )
             self.containers[container.id] = container
             container.resume(entry, belongings)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from pctr_shim.rest import HANDING, next_patience
+from pctr_shim.keeper import HANDING
+from pctr_shim.rest import next_patience
 
+from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.shim.v1 import shim_pb2
@@ -23,7 +26,7 @@ from supervisord_ctr.api.types.task import task_pb2 as types
 from supervisord_ctr.linux import processes
 from supervisord_ctr.ttrpc import wire
 from tests.support.shim import PATIENCE, Lab, Shim, Zygote, laboratory, read_all, rested, workers
-from tests.support.streams import AttachedClient, parse_log
+from tests.support.streams import AttachedClient, laboratory_with_clients, parse_log
 
 PRIVATE = "pctr.shim.v1.Shim"
 #: Seconds; a shim that is woken soon waits twice as long the next time, so it is short.
@@ -39,11 +42,8 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture
 async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
-    async with laboratory("zygote", zygote) as made:
+    async with laboratory_with_clients(zygote) as made:
         yield made
-        for client in AttachedClient.opened:
-            await client.close()
-        AttachedClient.opened.clear()
 
 
 def private_memory(pid: int) -> int:
@@ -382,12 +382,59 @@ async def test_a_keeper_that_may_open_no_more_files_leaves_the_worker_at_work(la
     await lab.create(shim, "c")
     await shim.start("c")
     log = lab.folder / "c.log"
-    await wait_until(lambda: "may not have so many open files" in log.read_text(), PATIENCE, "the refusal")
+    await wait_until(lambda: "no rest: the keeper did not get" in log.read_text(), PATIENCE, "the refusal")
     assert workers(shim.pid) == [worker]
     assert (await shim.state("c")).status == types.Status.RUNNING
     resource.prlimit(shim.pid, resource.RLIMIT_NOFILE, (min(1024, before[0]), 4096))
     await shim.state("c")
     await rested(shim)
+    await lab.finish(shim, "c")
+
+
+@pytest.mark.parametrize("fault", ["EMFILE", "ETOOMANYREFS"])
+async def test_p13_a_worker_that_cannot_hand_over_works_on(fault: str) -> None:
+    """It has too many open files, or too many are on their way: no reason for a container to end."""
+    zygote = Zygote({"PCTR_FAULTS": f"{HANDING}=error:{fault}@1"}, rest=REST)
+    try:
+        async with laboratory("zygote", zygote) as lab:
+            shim = await lab.run("c", ["sleep", "1000"])
+            worker, log = await worker_of(shim), lab.folder / "c.log"
+            await wait_until(lambda: "no rest: the keeper did not get" in log.read_text(), PATIENCE, "the failure")
+            assert workers(shim.pid) == [worker]
+            descriptors = len(os.listdir(f"/proc/{shim.pid}/fd"))
+            assert (await shim.state("c")).status == types.Status.RUNNING
+            await rested(shim)  # the next attempt succeeds
+            assert len(os.listdir(f"/proc/{shim.pid}/fd")) > descriptors
+            await lab.finish(shim, "c")
+            await lab.wait_topics(lambda topics: topics == ["create", "start", "exit", "delete"], "c")
+    finally:
+        zygote.close()
+
+
+async def test_what_a_shim_was_started_with_may_be_gone_when_it_is_woken(lab: Lab) -> None:
+    """An OCI runtime that is being replaced, a folder of logs that was removed: a running container needs neither."""
+    runtime, logs = lab.folder / "own" / "runc", lab.folder / "logs"
+    for folder in (runtime.parent, logs):
+        folder.mkdir()
+    shutil.copy("/usr/sbin/runc", runtime)
+    lab.bundle("c", ["sleep", "1000"])
+    shim = await lab.launch("c", log=str(logs / "shim.log"))
+    await lab.create(shim, "c", options=lab.options(binary_name=str(runtime)))
+    await shim.start("c")
+    await rested(shim)
+    runtime.unlink()
+    shutil.rmtree(logs)
+    assert (await shim.state("c")).status == types.Status.RUNNING
+    await shim.exec("c", "e", ["true"])
+    with pytest.raises(errors.Error):
+        await shim.start("c", "e")
+    await shim.delete("c", "e")
+    await rested(shim)
+    shutil.copy("/usr/sbin/runc", runtime)
+    await shim.exec("c", "e", ["true"])
+    await shim.start("c", "e")
+    assert await shim.wait("c", "e") == 0
+    await shim.delete("c", "e")
     await lab.finish(shim, "c")
 
 

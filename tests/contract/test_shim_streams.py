@@ -17,8 +17,8 @@ from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.shim.v1 import shim_pb2
-from tests.support.shim import PATIENCE, Lab, Shim, Zygote, laboratory, read_all
-from tests.support.streams import AttachedClient, parse_log
+from tests.support.shim import PATIENCE, Lab, Shim, Zygote, read_all
+from tests.support.streams import AttachedClient, laboratory_with_clients, parse_log
 
 PRIVATE = "pctr.shim.v1.Shim"
 
@@ -34,11 +34,8 @@ def zygote() -> Iterator[Zygote]:
 @pytest.fixture
 async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
     """A laboratory of forked shims."""
-    async with laboratory("zygote", zygote) as made:
+    async with laboratory_with_clients(zygote) as made:
         yield made
-        for client in AttachedClient.opened:
-            await client.close()
-        AttachedClient.opened.clear()
 
 
 async def test_p4_the_cri_log_has_every_line_of_both_streams(lab: Lab) -> None:

@@ -3,6 +3,7 @@ takes it away, and nothing of what runs is touched (P5, P6)."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -23,7 +24,7 @@ from supervisord_ctr.linux import cgroups, mounts, namespaces, processes
 from tests.integration.tasks_support import Client, busybox_root
 from tests.support.cri import Cri, running_cri
 from tests.support.daemon import DaemonProcess, mounts_below, wait_until
-from tests.support.shim import Zygote
+from tests.support.shim import Zygote, laboratory, rested
 
 TIMEOUT = 150
 
@@ -275,9 +276,28 @@ def test_p5_a_shim_that_nobody_can_reach_is_ended_unless_it_serves_something(
         assert doctor(daemon, "--repair")["shim", name]["state"] == "removed"
         wait_until(lambda: not processes.is_alive(reply["pid"], reply["start_time"]), "the shim has ended")
         assert doctor(daemon) == {}
+        asyncio.run(_with_a_container(daemon, zygote, rest))
     finally:
         zygote.process.kill()
         zygote.close()
         if processes.is_alive(reply["pid"], reply["start_time"]):
             os.kill(reply["pid"], 9)
         idle.rmdir()
+
+
+async def _with_a_container(daemon: DaemonProcess, zygote: Zygote, rest: float) -> None:
+    async with laboratory("zygote", zygote) as lab:
+        lab.sockets = daemon.state / "s"
+        shim = await lab.run("c", ["sleep", "1000"])
+        pid = (await shim.state("c")).pid
+        if rest:
+            await rested(shim)
+        os.unlink(shim.path)
+        found = await asyncio.to_thread(doctor, daemon)
+        told = found["shim", f"pid {shim.pid}"]
+        assert (told["problem"], told["remedy"]) == (
+            f"a shim whose socket is gone, with the processes {pid}", "hand"
+        )
+        await asyncio.to_thread(doctor, daemon, "--repair")
+        assert (await shim.state("c")).pid == pid
+        await lab.finish(shim, "c")

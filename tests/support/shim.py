@@ -143,6 +143,8 @@ class Lab:
         self.zygote = zygote
         self.namespace = f"lab{secrets.token_hex(4)}"
         self.folder = Path(tempfile.mkdtemp(prefix="pctr-shim-"))
+        #: Where shims of the zygote listen.
+        self.sockets = self.folder / "s"
         self.rootfs = make_rootfs(self.folder / "fs")
         self.events: list[tuple[str, Message]] = []
         self.event_times: list[float] = []
@@ -237,15 +239,17 @@ class Lab:
         os.mkfifo(path)
         return path, os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    async def launch(self, name: str, version: int = 2, environment: Mapping[str, str] | None = None) -> Shim:
+    async def launch(
+        self, name: str, version: int = 2, environment: Mapping[str, str] | None = None, log: str = "",
+    ) -> Shim:
         """Start a shim of this laboratory's kind for the bundle `name`."""
         bundle = self.folder / "b" / name
         if self.kind == "zygote":
             assert self.zygote is not None
-            (self.folder / "s").mkdir(exist_ok=True)
+            self.sockets.mkdir(exist_ok=True)
             reply = self.zygote.ask(
-                "fork-shim", namespace=self.namespace, id=name, bundle=str(bundle), socket=str(self.folder / "s" / name),
-                events=self.events_path, runtime_root=str(self.folder / "runc"), log=str(self.folder / f"{name}.log"),
+                "fork-shim", namespace=self.namespace, id=name, bundle=str(bundle), socket=str(self.sockets / name),
+                events=self.events_path, runtime_root=str(self.folder / "runc"), log=log or str(self.folder / f"{name}.log"),
                 debug=True,
             )
             assert "error" not in reply, reply

@@ -7,10 +7,11 @@ import contextlib
 import json
 import re
 import struct
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.support.shim import PATIENCE
+from tests.support.shim import PATIENCE, Lab, Zygote, laboratory
 
 RECORD = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z (stdout|stderr) ([FP]) (.*)")
 
@@ -73,3 +74,13 @@ class AttachedClient:
                 streams[frame[0]] = streams.get(frame[0], b"") + frame[1]
         self.writer.close()
         return streams, control
+
+
+@contextlib.asynccontextmanager
+async def laboratory_with_clients(zygote: Zygote) -> AsyncIterator[Lab]:
+    """A laboratory of forked shims, at whose end attached clients are closed."""
+    async with laboratory("zygote", zygote) as made:
+        yield made
+        for client in AttachedClient.opened:
+            await client.close()
+        AttachedClient.opened.clear()
