@@ -7,6 +7,7 @@ need not, and does not (libcontainer, cloned_binary: the seals are what it looks
 the zygote and inherited by every shim, saves each start of runc a mount and its removal, a seventh
 of the time of an exec.
 
+Copies are made of the programs that the configuration names; one that only a request names runs from its file.
 A copy serves as long as the file on the disk is the one that was copied.
 Source: memfd_create(2), fcntl(2) "File sealing".
 """
