@@ -19,6 +19,10 @@ from pctr.rpc import TASKS, Call, Client
 from pctr.stdio import Fifos, Pump, open_input, open_output
 from supervisord_ctr import errors
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pctr.terminal import SizeRelay
+
 #: After an exit, how long an output may stay silent without its end before it is given up (P7).
 QUIET = 1.0
 #: How long a lost daemon is waited for: a restart must not end what runs (P4).
@@ -65,6 +69,7 @@ class Foreground:
         self._output_fds: list[int] = []
         self._calls: list[Call[light.Empty]] = []
         self._wait: Call[light.WaitResponse] | None = None
+        self._sizes: SizeRelay | None = None
         self._lost_at = 0.0
         self._retry_at = 0.0
         self._broken_pipe = False
@@ -102,9 +107,13 @@ class Foreground:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def _ask(self, method: str, request: light.Message) -> None:
-        with contextlib.suppress(errors.Unavailable):
-            self._calls.append(self._client.start(TASKS + method, request, light.Empty))
+    def _ask(self, method: str, request: light.Message) -> Call[light.Empty] | None:
+        try:
+            call = self._client.start(TASKS + method, request, light.Empty)
+        except errors.Unavailable:
+            return None
+        self._calls.append(call)
+        return call
 
     def _input_ended(self) -> None:
         self._close_input()
@@ -113,14 +122,9 @@ class Foreground:
     def _kill(self, number: int) -> None:
         self._ask("Kill", light.KillRequest(container_id=self._container, exec_id=self._exec, signal=number))
 
-    def resize(self) -> None:
-        """Tell the process's terminal the size of ours."""
-        from pctr import terminal
-
-        width, height = terminal.size(1) if terminal.size(1) != (0, 0) else terminal.size(0)
-        if width and height:
-            self._ask("ResizePty", light.ResizePtyRequest(
-                container_id=self._container, exec_id=self._exec, width=width, height=height))
+    def _resize(self, width: int, height: int) -> Call[light.Empty] | None:
+        return self._ask("ResizePty", light.ResizePtyRequest(
+            container_id=self._container, exec_id=self._exec, width=width, height=height))
 
     def wait_for_exit(self) -> None:
         """Ask for the exit; the answer comes while `relay` runs."""
@@ -137,10 +141,11 @@ class Foreground:
                 from pctr import terminal
 
                 stack.enter_context(terminal.raw(0))
+                self._sizes = terminal.SizeRelay(self._resize)
             start()
             signals = stack.enter_context(caught_signals(*numbers)) if self.proxy_signals else -1
-            if self._terminal:
-                self.resize()
+            if self._sizes is not None:
+                self._sizes.changed()
             return self._loop(signals)
 
     def _loop(self, signals: int) -> int:
@@ -192,7 +197,8 @@ class Foreground:
     def _forward(self, numbers: bytes) -> None:
         for number in numbers:
             if number == signal.SIGWINCH:
-                self.resize()
+                if self._sizes is not None:
+                    self._sizes.changed()
                 continue
             self._kill(number)
             self._impatience += number in (signal.SIGINT, signal.SIGTERM)
@@ -218,6 +224,8 @@ class Foreground:
                 pass  # it has ended, or the daemon is away: the exit will tell
             except errors.Error as error:
                 print(f"pctr: {error}\r", file=sys.stderr)
+        if self._sizes is not None:
+            self._sizes.settle()
 
     def _exit(self) -> int | None:
         """The exit status when it is known; joins the daemon again when it was away."""
@@ -242,4 +250,6 @@ class Foreground:
         self._retry_at = now + 0.2
         with contextlib.suppress(errors.Unavailable):
             self.wait_for_exit()
+            if self._sizes is not None:
+                self._sizes.changed()  # it may have changed while nobody could be told
         return None

@@ -107,8 +107,8 @@ def test_the_terminal_has_our_size_and_follows_it(target: Target, name: str) -> 
         # What is typed after the resize arrives after it only once pctr has passed the resize on.
         exec_size = ("task", "exec", name, "sh", "-c", "stty size < /dev/pts/0 2>/dev/null || stty size < /dev/console")
         deadline = time.monotonic() + TIMEOUT
-        while target.pctr(*exec_size, status=None).stdout.strip() != b"22 77":
-            assert time.monotonic() < deadline
+        while (asked := target.pctr(*exec_size, status=None)).stdout.strip() != b"22 77":
+            assert time.monotonic() < deadline, (asked, terminal.output)
         terminal.type(b"typed\r")
         assert terminal.wait() == 5
         assert b"22 77" in terminal.output
