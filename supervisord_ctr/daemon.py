@@ -200,7 +200,7 @@ class Daemon:
         server = RpcServer(self._address, uid=settings.grpc.uid, gid=settings.grpc.gid, observe=observe,
                            max_receive=settings.grpc.max_receive_size, max_send=settings.grpc.max_send_size)
         native = _NATIVE
-        serve_records(server, database)
+        serve_records(server, database, tasks)
         server.add(f"{native}diff.v1.Diff", add_DiffServicer_to_server,
                    DiffService(database, executors, pool, scratch, mounts))
         server.add(f"{native}transfer.v1.Transfer", add_TransferServicer_to_server, transfer)
@@ -252,12 +252,13 @@ class Daemon:
         return metrics.observe
 
 
-def serve_records(server: RpcServer, database: Database) -> None:
-    """The services that need nothing but the database."""
+def serve_records(server: RpcServer, database: Database, tasks: Tasks) -> None:
+    """The services that need little but the database."""
     native = _NATIVE
     server.add(f"{native}version.v1.Version", add_VersionServicer_to_server, VersionService())
     server.add(f"{native}namespaces.v1.Namespaces", add_NamespacesServicer_to_server, NamespacesService(database))
-    server.add(f"{native}containers.v1.Containers", add_ContainersServicer_to_server, ContainersService(database))
+    server.add(f"{native}containers.v1.Containers", add_ContainersServicer_to_server,
+               ContainersService(database, tasks.expect))
     server.add(f"{native}images.v1.Images", add_ImagesServicer_to_server, ImagesService(database))
     server.add(f"{native}content.v1.Content", add_ContentServicer_to_server, ContentService(database))
     server.add(f"{native}snapshots.v1.Snapshots", add_SnapshotsServicer_to_server, SnapshotsService(database))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ FORKED = faults.declare("shim.fork.after-listen", "the shim's socket listens; th
 
 _PACKET = 65536
 #: Where a request for a shim has its name, within so many bytes.
-_FORK_SHIM, _HEAD = b'"fork-shim"', 32
+_FORK_SHIM, _EXPECT, _HEAD = b'"fork-shim"', b'"expect"', 32
 
 Reply = dict[str, Any]
 
@@ -70,7 +71,8 @@ class Employment:
         """Be the whole shim that is asked for, or its first worker."""
         packet = self.packet
         if self.work is not None:
-            await warm.rehearse(self.shim)
+            if not select.select([self.work], [], [], 0)[0]:
+                await warm.rehearse(self.shim)
             packet = self.work.recv(_PACKET)
             self.work.close()
             if not packet:
@@ -124,6 +126,11 @@ class Employment:
 def wants_shim(packet: bytes) -> bool:
     """Whether the request, or that which a spare waits for, is for a shim: found without decoding."""
     return not packet or packet.find(_FORK_SHIM, 0, _HEAD) >= 0
+
+
+def expects_shim(packet: bytes) -> bool:
+    """Whether the packet only tells that a shim will be asked for."""
+    return packet.find(_EXPECT, 0, _HEAD) >= 0
 
 
 def _listen(request: Mapping[str, Any]) -> socket.socket:

@@ -41,8 +41,10 @@ LIMIT = 65536
 _BATCH = 64
 _BATCH_BYTES = 1 << 20
 _CALL_TIMEOUT = 5.0
-#: Seconds that an event may wait: the answer to the call that caused it goes first, and keeps the daemon busy.
-_LINGER = 0.002
+#: Seconds that an event may wait: the answer to the call that caused it goes first, and keeps the daemon busy. That of
+#: a start waits until the caller has had its answer, and takes that of the creation along; exits are waited for.
+_LINGER, _LINGER_OF_EXITS = 0.01, 0.002
+_EXIT = "/tasks/exit"
 
 
 class Publisher:
@@ -97,8 +99,16 @@ class Publisher:
             timestamp=timestamp(time.time()), namespace=self._config.namespace, topic=topic, event=any_of(message)
         ))
         self._empty.clear()
-        if self._timer is None and not self._wake.is_set():
-            self._timer = asyncio.get_running_loop().call_later(_LINGER, self._send_now)
+        if not self._wake.is_set():
+            self._send_within(_LINGER_OF_EXITS if topic == _EXIT else _LINGER)
+
+    def _send_within(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + seconds:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(seconds, self._send_now)
 
     def _send_now(self) -> None:
         self._timer = None

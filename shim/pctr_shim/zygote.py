@@ -7,11 +7,15 @@ their own, do not depend on it, and the daemon starts another one.
 
 A shim of the zygote is a keeper and a worker (`keeper`); its pid is the keeper's. While shims are asked for, one is
 kept ready: forked, its loop set up, waiting for its request on a socket whose end it does not outlive. It takes
-the time of forking out of the time of a start. It goes when it was not needed for a minute.
+the time of forking out of the time of a start. It goes when it was not needed for a minute. One is made, too, when
+the daemon says that a shim will be asked for: it has a container whose task is likely to follow.
 
 Every request begins with its `op` and has a `serial` (int), which its reply repeats. Forks answer, so replies come
 in any order. A reply is either the object stated below or
 `{"serial": N, "error": {"code": C, "message": "…"}}` with a code of `errors.Code`.
+
+`{"op": "expect", "serial": N}`
+    A shim will be asked for soon. There is no reply.
 
 `{"op": "ping", "serial": N}`
     → `{"serial": N, "pid": PID}`
@@ -72,7 +76,7 @@ import sys
 from collections.abc import Sequence
 
 from pctr_shim import sealed, serve, warm
-from pctr_shim.employment import Employment, failure, wants_shim
+from pctr_shim.employment import Employment, expects_shim, failure, wants_shim
 from pctr_shim.keeper import Keeper
 from pctr_shim.signals import Signals
 from supervisord_ctr import errors
@@ -136,6 +140,8 @@ class Zygote:
             self._wants_spare = True
             if self._employ_spare(packet):
                 return None
+        elif expects_shim(packet):
+            return self._make_spare() if self._spare is None else None
         try:
             pid = libc.fork()
         except OSError as error:
@@ -154,12 +160,15 @@ class Zygote:
 
     def _turn_spare(self) -> _Work | None:
         """Nobody asked for a while: make a spare shim, or end the one that nobody needs."""
-        self._wants_spare = False
         if self._spare is not None:
             self._spare.close()
             self._spare = None
             sealed.refresh()
             return None
+        return self._make_spare()
+
+    def _make_spare(self) -> _Work | None:
+        self._wants_spare = False
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:

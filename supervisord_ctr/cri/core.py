@@ -67,6 +67,8 @@ class TaskView(Protocol):
 class Tasks(Protocol):
     """`runtime.Tasks`, as far as it is used here."""
 
+    def expect(self, namespace: str, runtime: str, group: str = "") -> None: ...
+
     async def create(
         self, namespace: str, container_id: str, *, rootfs: Sequence[Mount] | None, stdin: str = "",
         stdout: str = "", stderr: str = "", terminal: bool = False, checkpoint: Path | None = None,

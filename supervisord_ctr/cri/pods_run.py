@@ -191,6 +191,8 @@ async def _make(core: Core, pod: Pod, wanted: Wanted, net: cni.Request | None, s
             pause = core.owner.start(ensure_pause(core, pod), f"pause {pod.id}")
             begun.append(pause)
             await asyncio.shield(pause)
+        # Its first container will want a shim; plugins keep us waiting anyway.
+        core.tasks.expect(CRI_NAMESPACE, core.runtime(pod.handler).name)
 
     try:
         async with asyncio.TaskGroup() as group:

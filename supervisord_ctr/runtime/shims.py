@@ -208,6 +208,12 @@ class Shims:
 
     # -- starting ----------------------------------------------------------------------------------
 
+    def expect(self, namespace: str, runtime: str, group: str = "") -> None:
+        """A task of this runtime will be made soon: have a shim ready unless the group has one. Only a hint."""
+        with contextlib.suppress(errors.Error):
+            if not self.resolve(runtime) and self._of_group(namespace, group) is None:
+                self._zygote.expect()
+
     async def launch(self, launch: Launch, ready: Awaitable[Any] | None = None) -> Shim:
         """The shim for a task: the group's if there is one, else a new one. Its id joins `tasks`.
 

@@ -196,6 +196,10 @@ class Tasks:
 
     # -- create ------------------------------------------------------------------------------------
 
+    def expect(self, namespace: str, runtime: str, group: str = "") -> None:
+        """A task is likely to be made soon, in the sandbox `group` if it is not "": prepare. Only a hint."""
+        self.shims.expect(namespace, runtime, group)
+
     async def create(
         self, namespace: str, container_id: str, *, rootfs: Sequence[Mount] | None, stdin: str = "", stdout: str = "",
         stderr: str = "", terminal: bool = False, checkpoint: Path | None = None, options: TypedValue | None = None,

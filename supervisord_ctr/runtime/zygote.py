@@ -104,6 +104,13 @@ class Zygote:
 
     # -- operations --------------------------------------------------------------------------------
 
+    def expect(self) -> None:
+        """A shim will be asked for soon: the zygote has one ready then. Only a hint, which may be lost."""
+        sock = self._socket
+        if sock is not None and not self._sending.locked():
+            with contextlib.suppress(OSError):
+                sock.send(b'{"op":"expect","serial":0}')
+
     async def fork_shim(self, *, namespace: str, group: str, bundle: str, socket_path: str, events: str, runtime: str,
                         runtime_root: str, cgroups: Sequence[str] = (), oom_score_adj: int | None = None,
                         env: Mapping[str, str] | None = None, debug: bool = False, log: str = "") -> Forked:

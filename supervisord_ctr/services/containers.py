@@ -5,7 +5,7 @@ Thin: validation, field masks, filters and events are the metadata store's.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from google.protobuf import empty_pb2
 
@@ -21,10 +21,11 @@ _MADE = 4096
 
 
 class ContainersService(containers_pb2_grpc.ContainersServicer):
-    """Container records of a namespace."""
+    """Container records of a namespace. `expect` is told of each whose task may follow: namespace, runtime, sandbox."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, expect: Callable[[str, str, str], None] | None = None) -> None:
         self._containers = database.containers
+        self._expect = expect
         self._made: dict[tuple[str, str], tuple[Container, bytes]] = {}
 
     async def Get(self, request: pb.GetContainerRequest, context: Context) -> pb.GetContainerResponse:
@@ -59,7 +60,10 @@ class ContainersService(containers_pb2_grpc.ContainersServicer):
 
     async def Create(self, request: pb.CreateContainerRequest, context: Context) -> pb.CreateContainerResponse:
         """ALREADY_EXISTS; INVALID_ARGUMENT for a record that containerd would refuse."""
-        made = await self._containers.create(namespace_of(context), container_from_message(request.container))
+        namespace, wanted = namespace_of(context), container_from_message(request.container)
+        if self._expect is not None:
+            self._expect(namespace, wanted.runtime.name, wanted.sandbox)
+        made = await self._containers.create(namespace, wanted)
         return pb.CreateContainerResponse(container=container_to_message(made))
 
     async def Update(self, request: pb.UpdateContainerRequest, context: Context) -> pb.UpdateContainerResponse:

@@ -102,6 +102,30 @@ async def test_a_spare_that_was_killed_costs_nobody_a_shim(lab: Lab, zygote: Zyg
     await lab.finish(shim, "c2")
 
 
+async def test_an_expected_shim_is_ready_before_the_first_was_ever_asked_for(lab: Lab, zygote: Zygote) -> None:
+    assert spares(zygote) == []
+    for _ in range(3):
+        zygote.expect()
+    pid, _ = await next_spare(zygote)
+    zygote.expect()
+    assert zygote.ask("ping")["pid"] == zygote.process.pid
+    assert spares(zygote) == [pid]
+    shim = await lab.run("c1", ["sh", "-c", "exit 4"])
+    assert shim.pid == pid
+    assert await shim.wait("c1") == 4
+    await lab.finish(shim, "c1")
+
+
+async def test_a_shim_asked_for_right_after_it_was_expected_is_that_one(lab: Lab, zygote: Zygote) -> None:
+    for number in range(3):
+        zygote.expect()
+        shim = await lab.run(f"c{number}", ["sh", "-c", f"exit {number}"])
+        assert await shim.wait(f"c{number}") == number
+        await lab.finish(shim, f"c{number}")
+    pid, _ = await next_spare(zygote)
+    assert pid != shim.pid
+
+
 def left(lab: Lab, name: str) -> list[str]:
     """What the OCI runtime and the kernel still have of a container."""
     found = [str(path) for path in (lab.folder / "runc" / lab.namespace).glob(name)]

@@ -78,6 +78,10 @@ class Zygote:
         assert reply["serial"] == self._serial
         return reply
 
+    def expect(self) -> None:
+        """Say that a shim will be asked for."""
+        self._socket.send(json.dumps({"op": "expect", "serial": 0}).encode())
+
     def close(self) -> int:
         """Close our end; the zygote's exit status."""
         self._socket.close()

@@ -1,0 +1,62 @@
+"""A shim is made ready when a container or a pod is made, so that the start of its task need not wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.tasks_support import TIMEOUT, Client, shim_pid
+from tests.support.cri import running_cri
+from tests.support.daemon import DaemonProcess, running_daemon, wait_until
+
+
+@pytest.fixture
+def fresh() -> Iterator[DaemonProcess]:
+    """A daemon that was never asked for a shim."""
+    with running_daemon() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def client(fresh: DaemonProcess, root: Path) -> Iterator[Client]:
+    made = Client(fresh, root)
+    yield made
+    made.close()
+
+
+def children(pid: int, name: str) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if Path(f"/proc/{child}/comm").read_text().strip() == name]
+
+
+def spares(daemon: DaemonProcess) -> list[int]:
+    assert daemon.process is not None
+    (zygote,) = children(daemon.process.pid, "pctr-zygote")
+    return children(zygote, "pctr-spare")
+
+
+def test_a_container_s_shim_is_ready_before_its_task_is_asked_for(client: Client, fresh: DaemonProcess) -> None:
+    client.runtime, own = "io.containerd.no-such-runtime.v9", client.runtime
+    client.remove(client.container(["true"]))
+    assert spares(fresh) == []
+    client.runtime = own
+    name = client.container(["sleep", "1000"])
+    wait_until(lambda: bool(spares(fresh)), "a shim waits", TIMEOUT)
+    (ready,) = spares(fresh)
+    client.create(name)
+    assert shim_pid(client, name) == ready
+    client.finish(name)
+
+
+def test_a_pod_s_shim_is_ready_before_its_first_container() -> None:
+    with running_cri() as cri:
+        cri.pull()
+        pod, config = cri.run_pod()
+        wait_until(lambda: bool(spares(cri.daemon)), "a shim waits", TIMEOUT)
+        (ready,) = spares(cri.daemon)
+        container = cri.create(pod, config, cri.container_config("sleep 1000"))
+        cri.start(container)
+        assert Path(f"/proc/{ready}/comm").read_text().strip() == "pctr-shim"
+        cri.remove_pod(pod)
