@@ -135,6 +135,11 @@ def format_option(parser: Arguments, quiet: str = "") -> None:
         parser.add_argument("-q", "--quiet", action="store_true", help=f"print only the {quiet}")
 
 
+def document_option(parser: Arguments) -> None:
+    """`--format` of commands that print JSON anyway: accepted, so that programs need not know which do."""
+    parser.add_argument("--format", choices=("json",), default="json", help="how to print: json, the only one")
+
+
 def filters_argument(parser: Arguments) -> None:
     """Positional filters, or-ed."""
     parser.add_argument("filters", nargs="*", metavar="FILTER", help='such as \'labels."app"==web\'; several are or-ed')

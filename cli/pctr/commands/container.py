@@ -10,6 +10,7 @@ from pctr.command import (
     Command,
     Context,
     Failed,
+    document_option,
     filters_argument,
     format_option,
     label_option,
@@ -39,6 +40,7 @@ def _list(context: Context) -> None:
 
 
 def _info_arguments(parser: Arguments) -> None:
+    document_option(parser)
     parser.add_argument("--spec", action="store_true", help="only the OCI spec")
     parser.add_argument("id", metavar="CONTAINER")
 

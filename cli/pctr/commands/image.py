@@ -10,6 +10,7 @@ from pctr.command import (
     Context,
     Failed,
     UsageError,
+    document_option,
     filters_argument,
     format_option,
     label_option,
@@ -150,6 +151,7 @@ def _image_size(nodes: list[Node], present: list[Node]) -> output.Cell:
 
 
 def _inspect_arguments(parser: Arguments) -> None:
+    document_option(parser)
     parser.add_argument("--platform", metavar="OS/ARCH", default="", help="platform to show (default: this machine's)")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
 

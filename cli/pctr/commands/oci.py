@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pctr import output
-from pctr.command import Command, Context
+from pctr.command import Command, Context, document_option
 from pctr.create import build_spec, create_options
 from pctr.options import REMAINDER
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def _spec_arguments(parser: Arguments) -> None:
+    document_option(parser)
     create_options(parser)
     parser.add_argument("--id", default="container", metavar="ID", help="id that the spec is for")
     parser.add_argument("command_line", nargs=REMAINDER, metavar="[COMMAND …]")

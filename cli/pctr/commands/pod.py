@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pctr import output
-from pctr.command import Command, Context, Failed, format_option, parse_duration
+from pctr.command import Command, Context, Failed, document_option, format_option, parse_duration
 from pctr.commands.pod_stream import COMMANDS as STREAM_COMMANDS
 from supervisord_ctr import errors
 
@@ -44,6 +44,7 @@ def _list(context: Context) -> None:
 
 
 def _inspect_arguments(parser: Arguments) -> None:
+    document_option(parser)
     parser.add_argument("names", nargs="+", metavar="POD|CONTAINER", help="id, beginning of an id, or name")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pctr import output
-from pctr.command import Command, Context, filters_argument, format_option, label_option, parse_labels
+from pctr.command import Command, Context, document_option, filters_argument, format_option, label_option, parse_labels
 from supervisord_ctr import errors
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _run(context: Context) -> None:
 
 
 def _info_arguments(parser: Arguments) -> None:
+    document_option(parser)
     parser.add_argument("id", metavar="ID")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pctr import output
-from pctr.command import Command, Context, format_option
+from pctr.command import Command, Context, document_option, format_option
 
 if TYPE_CHECKING:
     from pctr.command import Arguments
@@ -27,6 +27,7 @@ def _list(context: Context) -> None:
 
 
 def _info_arguments(parser: Arguments) -> None:
+    document_option(parser)
     parser.add_argument("id", metavar="CONTAINER")
 
 

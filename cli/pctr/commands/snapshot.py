@@ -10,6 +10,7 @@ from pctr import output
 from pctr.command import (
     Command,
     Context,
+    document_option,
     filters_argument,
     format_option,
     label_option,
@@ -42,6 +43,8 @@ def _list(context: Context) -> None:
 
 
 def _tree_arguments(parser: Arguments) -> None:
+    parser.add_argument("--format", choices=("table", "json"), default="table",
+                        help="how to print: a drawing, or each name with its parent (default: table)")
     snapshotter_option(parser)
 
 
@@ -65,14 +68,22 @@ def draw_tree(parents: dict[str, str]) -> list[str]:
 def _tree(context: Context) -> None:
     from pctr.services import list_snapshots
 
-    found = list_snapshots(context.client, context.snapshotter)
-    for line in draw_tree({info.name: info.parent for info in found}):
+    parents = {info.name: info.parent for info in list_snapshots(context.client, context.snapshotter)}
+    if context.args.format == "json":
+        output.document(dict(sorted(parents.items())))
+        return
+    for line in draw_tree(parents):
         print(output.plain(line))
 
 
 def _key_arguments(parser: Arguments) -> None:
     snapshotter_option(parser)
     parser.add_argument("key", metavar="KEY")
+
+
+def _info_arguments(parser: Arguments) -> None:
+    document_option(parser)
+    _key_arguments(parser)
 
 
 def _info(context: Context) -> None:
@@ -268,7 +279,7 @@ def _label(context: Context) -> None:
 COMMANDS = (
     Command("ls", "list snapshots", "pctr snapshot ls", _list_arguments, _list, ("list",)),
     Command("tree", "show which snapshot stands on which", "pctr snapshot tree", _tree_arguments, _tree),
-    Command("info", "describe a snapshot as JSON", "pctr snapshot info web", _key_arguments, _info, ("inspect",)),
+    Command("info", "describe a snapshot as JSON", "pctr snapshot info web", _info_arguments, _info, ("inspect",)),
     Command("mounts", "print the mount commands of a snapshot", "pctr snapshot mounts /mnt web", _mounts_arguments,
             _mounts, ("mount",)),
     Command("prepare", "make a writable snapshot", "pctr snapshot prepare -t /mnt scratch sha256:…",

@@ -297,7 +297,7 @@ def test_output_to_a_log_file(target: Target, name: str, tmp_path: Path) -> None
 def test_shims(target: Target, detached: str) -> None:
     (row,) = [row for row in target.rows("shim", "ls") if row["container"] == detached]
     assert row["shim_pid"] > 1
-    assert json.loads(target.text("shim", "info", detached))["task_pid"] == row["task_pid"]
+    assert json.loads(target.text("shim", "info", "--format", "json", detached))["task_pid"] == row["task_pid"]
     assert "running" in target.text("explain", detached)
 
 
@@ -396,9 +396,10 @@ def test_snapshots(target: Target, name: str) -> None:
     mounts = target.text("snapshot", "prepare", "-t", "/mnt", name, top)
     assert mounts.startswith("mount -t overlay")
     assert target.text("snapshot", "mounts", "/mnt", name) == mounts
-    assert json.loads(target.text("snapshot", "info", name))["parent"] == top
+    assert json.loads(target.text("snapshot", "info", "--format", "json", name))["parent"] == top
     tree = target.text("snapshot", "tree").splitlines()
     assert any(line.endswith(name) and line.startswith(" ") for line in tree)
+    assert json.loads(target.text("snapshot", "tree", "--format", "json"))[name] == top
     assert b"" != target.pctr("snapshot", "diff", name).stdout
     target.pctr("snapshot", "label", name, "team=web")
     assert target.text("snapshot", "commit", f"{name}-done", name).strip() == f"{name}-done"

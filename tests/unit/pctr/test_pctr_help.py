@@ -62,3 +62,11 @@ def test_summaries_are_plain_words() -> None:
             assert command.summary == command.summary.strip()
             assert not command.summary.endswith(".")
             assert command.summary[0].islower()
+
+
+def test_whatever_describes_or_lists_prints_json_when_asked() -> None:
+    describing = ("as JSON", "list ", "show ", "describe ", "tell ", "print the spec")
+    silent = [parser.prog for parser in LEAVES
+              if any(word in f"{parser.description} " for word in describing)
+              and "--format" not in parser._option_string_actions]
+    assert silent == []
