@@ -32,8 +32,11 @@ def children(pid: int, name: str) -> list[int]:
 
 
 def spares(daemon: DaemonProcess) -> list[int]:
+    """The shims without work; waits until the zygote serves."""
     assert daemon.process is not None
-    (zygote,) = children(daemon.process.pid, "pctr-zygote")
+    pid = daemon.process.pid
+    wait_until(lambda: bool(children(pid, "pctr-zygote")), "the zygote runs", TIMEOUT)
+    (zygote,) = children(pid, "pctr-zygote")
     return children(zygote, "pctr-spare")
 
 
