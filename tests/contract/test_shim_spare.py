@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ import pytest
 from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.linux import processes
-from tests.support.shim import PATIENCE, Lab, Zygote, laboratory
+from tests.support.shim import PATIENCE, Lab, Zygote, children_named, laboratory
 
 
 @pytest.fixture
@@ -36,12 +35,7 @@ async def lab(zygote: Zygote) -> AsyncIterator[Lab]:
 
 def spares(zygote: Zygote) -> list[int]:
     """The shims without work that the zygote has."""
-    found = []
-    for pid in Path(f"/proc/{zygote.process.pid}/task/{zygote.process.pid}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "pctr-spare":
-                found.append(int(pid))
-    return found
+    return children_named(zygote.process.pid, "pctr-spare")
 
 
 async def next_spare(zygote: Zygote) -> tuple[int, int]:

@@ -56,6 +56,16 @@ def make_rootfs(folder: Path) -> Path:
     return folder
 
 
+def children_named(pid: int, name: str) -> list[int]:
+    """Children of a process that have this name; those that end meanwhile are left out."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{child}/comm").read_text().strip() == name:
+                found.append(int(child))
+    return found
+
+
 class Zygote:
     """A zygote of this test process."""
 

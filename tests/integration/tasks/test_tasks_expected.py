@@ -10,6 +10,7 @@ import pytest
 from tests.integration.tasks_support import TIMEOUT, Client, shim_pid
 from tests.support.cri import running_cri
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
+from tests.support.shim import children_named
 
 
 @pytest.fixture
@@ -26,18 +27,13 @@ def client(fresh: DaemonProcess, root: Path) -> Iterator[Client]:
     made.close()
 
 
-def children(pid: int, name: str) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if Path(f"/proc/{child}/comm").read_text().strip() == name]
-
-
 def spares(daemon: DaemonProcess) -> list[int]:
     """The shims without work; waits until the zygote serves."""
     assert daemon.process is not None
     pid = daemon.process.pid
-    wait_until(lambda: bool(children(pid, "pctr-zygote")), "the zygote runs", TIMEOUT)
-    (zygote,) = children(pid, "pctr-zygote")
-    return children(zygote, "pctr-spare")
+    wait_until(lambda: bool(children_named(pid, "pctr-zygote")), "the zygote runs", TIMEOUT)
+    (zygote,) = children_named(pid, "pctr-zygote")
+    return children_named(zygote, "pctr-spare")
 
 
 def test_a_container_s_shim_is_ready_before_its_task_is_asked_for(client: Client, fresh: DaemonProcess) -> None:

@@ -15,8 +15,8 @@ from supervisord_ctr.api.types.task import task_pb2
 from tests.integration.tasks_support import TIMEOUT, Client, shim_family, shim_pid
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
 
-#: Seconds after which the daemon believes what it saw of a task in which nothing happened.
-SETTLED = 1.0
+#: More than the second after which the daemon believes what it saw of a task in which nothing happened: events come late.
+SETTLED = 1.2
 
 
 @pytest.fixture(scope="module")
