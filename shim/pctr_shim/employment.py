@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ class Employment:
         request = left["request"]
         self.shim.become(_configure(request, post.pid))
         await rest.resume(self.shim, left, post.descriptors)
-        patience = rest.next_patience(left["patience"], self.patience, post.rested)
+        patience = rest.next_patience(left["patience"], self.patience, time.monotonic() - left["since"])
         rest.Rest(self.loop, self.shim, post, request, patience).begin()
         await self.shim.until_stopped()
 

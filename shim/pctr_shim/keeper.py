@@ -54,7 +54,7 @@ WORKER_NAME = "pctr-worker"
 SPARE_NAME = "pctr-spare"
 WATCH, CONNECTION, KEEP = b"wck"
 EXIT = struct.Struct("<cii")
-_PACKET = 4096
+_PACKET = 1024
 #: Descriptors that one packet carries: the kernel takes 253 (unix(7), SCM_MAX_FD).
 MOST_DESCRIPTORS = 200
 _RETRY = 0.1
@@ -63,6 +63,7 @@ _POLLIN, _SIGTERM, _PEEK = int(select.POLLIN), int(signal.SIGTERM), os.WEXITED |
 _AF_UNIX, _SOCK_SEQPACKET = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
 _POLLHUP, _LOOKING = int(select.POLLHUP), int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _RECEIVING = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_NULL = os.O_RDWR | os.O_CLOEXEC
 _ANCILLARY = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
 #: The reply to a request whose worker ended while it answered (14: unavailable).
 _FAILED = b'{"serial": %s, "error": {"code": 14, "message": "the shim ended while it was being started"}}'
@@ -77,8 +78,6 @@ class Post:
     #: A file with the description, -1 for the first worker.
     description: int = -1
     descriptors: Sequence[int] = ()
-    #: Seconds that the shim had rested.
-    rested: float = 0.0
 
     def begin(self, serial: int) -> None:
         """Tell the keeper which request is being answered."""
@@ -105,7 +104,6 @@ class Keeper:
         self._kept: list[int] = []
         self._marks = b""
         self._description = -1
-        self._rested = 0.0
         self._daemon = -1
         self._serial = b""
         self._orderly = False
@@ -163,7 +161,7 @@ class Keeper:
                 os._exit(1)
             processes.set_name(WORKER_NAME)
             kept = self._kept if self._description >= 0 else ()
-            return Post(self._pid, socket.socket(fileno=theirs.detach()), self._description, kept, self._rested)
+            return Post(self._pid, socket.socket(fileno=theirs.detach()), self._description, kept)
         theirs.close()
         self._worker, self._control, self._told = pid, ours, 0
         for fd in (*self._kept, self._description):
@@ -232,8 +230,8 @@ class Keeper:
         os.close(self._daemon)
         self._daemon = -1
         processes.set_name(SHIM_NAME)
-        processes.set_title(words.decode())
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        processes.write_title(words)
+        null = os.open("/dev/null", _NULL)
         for fd, number in ((null, 0), (null, 1), (log, 2)):
             os.dup2(fd, number)
         os.fchdir(folder)
@@ -273,12 +271,13 @@ class Keeper:
 
     def _rest(self) -> None:
         """Return when there is something to do."""
-        since = time.monotonic()
         poll = select.poll()
         poll.register(self._signals.reader, _POLLIN)
-        for fd, mark in zip(self._kept, self._marks, strict=True):
-            if mark != KEEP:
+        number = 0
+        for fd in self._kept:
+            if self._marks[number] != KEEP:
                 poll.register(fd, _POLLIN)
+            number += 1  # noqa: SIM113  one type less to touch
         while _first_ended() is None:
             fd, events = poll.poll()[0]
             if fd == self._signals.reader:
@@ -287,7 +286,6 @@ class Keeper:
                 poll.unregister(fd)
             else:
                 break
-        self._rested = time.monotonic() - since
 
     def _forget(self, fd: int) -> bool:
         """Let go of a connection whose client has gone and left nothing to read: nobody needs a worker for that."""
@@ -305,6 +303,12 @@ class Keeper:
         connection.close()
         self._kept[number] = -1
         return True
+
+
+#: What of a keeper `rehearse` does not run.
+BEFORE_REHEARSAL = frozenset(
+    function.__code__ for function in (Keeper.become, processes.set_child_subreaper, libc.check)
+)
 
 
 def show_spare() -> None:

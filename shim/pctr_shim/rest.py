@@ -4,7 +4,8 @@ Owns the decision and the description of the whole shim; each object describes i
 decision errs on the side of working on: whatever the loop watches, and every task on it, has to be known here.
 
 Description (JSON): {"request": what the zygote was asked for, "listeners": […], "connections": [[number, [[stream,
-request in hexadecimal], …]], …], "tasks": see `TaskService.leave`, "patience": seconds}; numbers count descriptors.
+request in hexadecimal], …]], …], "tasks": see `TaskService.leave`, "patience": seconds, "since": seconds of the
+monotonic clock}; numbers count descriptors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import selectors
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from io import BufferedRandom
 from typing import Any
@@ -80,7 +82,7 @@ class Rest:
         if standing is None:
             raise Busy("a request")
         return {
-            "request": self._request, "patience": self._patience,
+            "request": self._request, "patience": self._patience, "since": time.monotonic(),
             "listeners": [belongings.leave(fd) for fd in shim.server.listeners],
             "connections": [
                 [belongings.leave(one.descriptor), [(stream, data.hex()) for stream, data in one.requests]]

@@ -14,12 +14,14 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 
+_PIPE = os.O_CLOEXEC | os.O_NONBLOCK
+
 
 class Signals:
     """Use: `install` once, `calls[number] = call`, `watch` on the running loop."""
 
     def __init__(self) -> None:
-        self.reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.reader, self._writer = os.pipe2(_PIPE)
         self.calls: dict[int, Callable[[], None]] = {}
 
     def install(self, numbers: Iterable[int]) -> None:
@@ -34,7 +36,7 @@ class Signals:
 
     def renew(self) -> None:
         """In a fork: a pipe of its own under the old descriptors."""
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        reader, writer = os.pipe2(_PIPE)
         for fresh, old in ((reader, self.reader), (writer, self._writer)):
             os.dup2(fresh, old, inheritable=False)
             os.close(fresh)

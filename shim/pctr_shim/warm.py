@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+from types import CodeType
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -48,14 +49,20 @@ while [ $# -gt 0 ]; do [ "$1" = --pid-file ] && echo $$ > "$2"; shift; done
 """
 
 
-def warm_up() -> list[object]:
+def warm_up(forking: frozenset[CodeType]) -> list[object]:
     """Blocks for less than half a second. A failure only costs memory, so it is never raised.
 
-    What is returned shall be kept for as long as forks are made.
+    `forking` is the code that is under way when a fork is made. What is returned shall be kept for as long as forks
+    are made.
     """
     used = memory.recorded(lambda: _rounds(1))
+    resting = set(forking | keeper.BEFORE_REHEARSAL)
+    signals = Signals()
+    _keep(signals, resting)
+    signals.close()
     kept = memory.fill_gaps()
-    memory.gather(used)
+    memory.gather(frozenset(resting))
+    memory.gather(used - resting)
     _rounds(_ROUNDS)
     sys._clear_type_cache()  # it holds what imports looked up, and the names in it lie everywhere
     _rounds(1)
@@ -83,8 +90,11 @@ def _rounds(number: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep(signals: Signals) -> None:
-    """What a keeper does, with a worker that hands over at once. Name, title and streams stay what they are."""
+def _keep(signals: Signals, ran: set[CodeType] | None = None) -> None:
+    """What a keeper does, with a worker that hands over at once. Name, title and streams stay what they are.
+
+    `ran` takes the code of the functions that ran in the keeper.
+    """
     streams = [os.dup(fd) for fd in range(3)]
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.write(writer, b"!")
@@ -98,7 +108,10 @@ def _keep(signals: Signals) -> None:
 
     try:
         with processes.kept_title():
-            keeper.Keeper(signals).rehearse(work)
+            if ran is None:
+                keeper.Keeper(signals).rehearse(work)
+            else:
+                ran |= memory.recorded(lambda: keeper.Keeper(signals).rehearse(work))
     finally:
         for fd, copy in enumerate(streams):
             os.dup2(copy, fd)

@@ -201,6 +201,12 @@ class Zygote:
         return True
 
 
+#: What runs between two forks, and is under way in each.
+_FORKING = frozenset(function.__code__ for function in (
+    Zygote.run, Zygote._pass_on, Zygote._employ_spare, Zygote._turn_spare, Zygote._make_spare, wants_shim, expects_shim,
+))
+
+
 async def _live(connection: socket.socket, loop: serve.Loop, programs: Sequence[str], patience: float) -> None:
     """Make a shim, then be the zygote of shims: this goes on in every fork where it stands in the zygote.
 
@@ -263,7 +269,7 @@ def main(arguments: list[str]) -> int:
     processes.set_name("pctr-zygote")
     _greet(connection)
     serve.prepare()
-    kept = warm.warm_up()
+    kept = warm.warm_up(_FORKING)
     words = arguments[2:]
     if "merge" in words:
         heap.offer_pages()

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import gc
 import marshal
+import opcode
 import sys
-from collections.abc import Callable
-from types import CodeType, FrameType, FunctionType
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType, FunctionType, ModuleType
 
 from supervisord_ctr.linux import libc
 
@@ -23,6 +24,7 @@ _MOST = 1 << 20
 _POOL = 16384
 _POOL_HEADER, _BEGINNING = 48, 512
 _HEADER_OF_BYTES = 33
+_NOP = bytes((opcode.opmap["NOP"], 0))
 _LARGE = (65536, 32768, 16384, 8192, 4096, 3072, 2048, *range(1536, 0, -16))
 
 _libc = libc.libc
@@ -62,12 +64,70 @@ def recorded(call: Callable[[], None]) -> frozenset[CodeType]:
 
 
 def gather(used: frozenset[CodeType]) -> None:
-    """Lay the code of functions that run in every fork side by side: a run writes to it (reference counts, caches)."""
-    functions = [
-        found for found in gc.get_objects() if isinstance(found, FunctionType) and found.__code__ in used
-    ]
-    for function in sorted(functions, key=lambda found: (found.__module__ or "", found.__code__.co_firstlineno)):
-        function.__code__ = marshal.loads(marshal.dumps(function.__code__))
+    """Lay what running these functions writes to side by side: their code, themselves, and the numbers they look up.
+
+    A call counts references: to the function, its code, and whatever constant it takes. Where each of those lies
+    among others that nobody calls, each costs a fork a page. Call `fill_gaps` first; what runs at the same times is
+    best gathered in one call.
+    """
+    functions = sorted(
+        (found for found in gc.get_objects() if isinstance(found, FunctionType) and found.__code__ in used),
+        key=lambda found: (found.__module__ or "", found.__code__.co_firstlineno),
+    )
+    packed = {id(function.__code__): marshal.dumps(_lengthened(function.__code__)) for function in functions}
+    made = {number: marshal.loads(data) for number, data in packed.items()}
+    for function in functions:
+        function.__code__ = made[id(function.__code__)]
+    _replace({id(function): _copied(function) for function in functions}, functions)
+    _renew_numbers(functions)
+
+
+def _lengthened(code: CodeType) -> CodeType:
+    """The same, too large for the interpreter's own allocator, which would put each size into another pool.
+
+    What is added is never reached: code ends with a return, a raise or a jump.
+    """
+    missing = _LARGEST_SMALL + 16 - sys.getsizeof(code)  # sizes are rounded
+    return code if missing <= 0 else code.replace(co_code=code.co_code + _NOP * ((missing + 1) // 2))
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__module__", "__doc__"):
+        setattr(made, name, getattr(function, name))
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _replace(copies: dict[int, FunctionType], originals: Sequence[FunctionType]) -> None:
+    """Have modules and classes name the copies; whoever else holds an original goes on with that."""
+    for module in list(sys.modules.values()):
+        names = vars(module)
+        for name, value in list(names.items()):
+            if id(value) in copies:
+                names[name] = copies[id(value)]
+    for function in originals:
+        owner: object = sys.modules.get(function.__module__ or "")
+        *path, name = function.__qualname__.split(".")
+        for part in path:
+            owner = vars(owner).get(part) if isinstance(owner, type | ModuleType) else None
+        if isinstance(owner, type) and vars(owner).get(name) is function:
+            setattr(owner, name, copies[id(function)])
+
+
+def _renew_numbers(functions: Sequence[FunctionType]) -> None:
+    """Make the numbers anew that functions find in their modules."""
+    found = {
+        (id(function.__globals__), name): (function.__globals__, name)
+        for function in functions for name in function.__code__.co_names
+        if type(function.__globals__.get(name)) in (int, float)
+    }
+    # All of them before the first old one goes: the next would take its place.
+    fresh = [(names, name, names[name] + 0) for names, name in found.values()]
+    for names, name, value in fresh:
+        names[name] = value
 
 
 def _block(size: int, number: int) -> object:

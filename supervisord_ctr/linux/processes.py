@@ -31,14 +31,15 @@ _SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CAPABILITY_VERSION_3 = 0x20080522
 
-#: prctl(2) whose second argument is a text: a function object of its own, with types of its own.
-_prctl_text = libc.libc["prctl"]
-_prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+#: prctl(2) with a small number or a text: a function object of its own, which asks no types (each would be a page more
+#: of a fork's own).
+_prctl_plain = libc.libc["prctl"]
+_WRITING = os.O_WRONLY | os.O_CLOEXEC
 
 
 def set_child_subreaper(enabled: bool = True) -> None:
     """Become the parent of orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER)."""
-    libc.prctl(PR_SET_CHILD_SUBREAPER, int(enabled))
+    libc.check(_prctl_plain(PR_SET_CHILD_SUBREAPER, int(enabled), 0, 0, 0))
 
 
 def set_parent_death_signal(number: int) -> None:
@@ -48,7 +49,7 @@ def set_parent_death_signal(number: int) -> None:
 
 def set_name(name: str) -> None:
     """The name that /proc/PID/comm shows; cut at 15 bytes."""
-    libc.check(_prctl_text(PR_SET_NAME, name.encode()[:15], 0, 0, 0))
+    libc.check(_prctl_plain(PR_SET_NAME, name.encode()[:15], 0, 0, 0))
 
 
 def set_title(*words: str) -> None:
@@ -57,12 +58,22 @@ def set_title(*words: str) -> None:
     The kernel shows what lies where execve(2) put the arguments, zero bytes behind it included; when the last
     byte there is not zero, it shows one text up to the first zero byte instead (proc(5)), which is left alone here.
     """
+    write_title("\0".join(words).encode())
+
+
+def write_title(words: bytes) -> None:
+    """The same, with zero bytes between the words."""
     start, end = argument_area()
     if end - start < 2:
         return
-    text = "\0".join(words).encode()[:end - start - 1]
-    ctypes.memset(start, 0, end - start)
-    ctypes.memmove(start, text, len(text))
+    text = words[:end - start - 1].ljust(end - start, b"\0")
+    try:
+        memory = os.open("/proc/self/mem", _WRITING)
+    except OSError:  # in another user namespace
+        ctypes.memmove(start, text, len(text))
+        return
+    os.pwrite(memory, text, start)
+    os.close(memory)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -34,12 +36,48 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def _work(number: int) -> int:
-    return _inner(number) + 1
+_LARGE = 123_456_789
+
+
+def _work(number: int, *, more: int = 1) -> int:
+    """Documented."""
+    return _inner(number) + more + _LARGE - _LARGE
 
 
 def _inner(number: int) -> int:
     return number * 2
+
+
+def _failing(number: int) -> int:
+    return number // 0
+
+
+class _Worker:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def work(self, number: int) -> int:
+        return number + self.step
+
+    @staticmethod
+    def still(number: int) -> int:
+        return -number
+
+
+def _adder(step: int) -> Callable[[int], int]:
+    def add(number: int) -> int:
+        return number + step
+
+    return add
+
+
+async def _waiting(number: int) -> int:
+    await asyncio.sleep(0)
+    return number
+
+
+def _counting(number: int) -> Iterator[int]:
+    yield from range(number)
 
 
 def test_new_objects_lie_side_by_side_once_gaps_are_filled() -> None:
@@ -60,12 +98,44 @@ def test_another_allocator_costs_a_bounded_try(settings: dict[str, str]) -> None
     assert int(done.stdout) < 32 << 10
 
 
+def _everything() -> list[object]:
+    add = _adder(3)
+    found: list[object] = [_work(20), _work(20, more=2), _Worker(2).work(5), _Worker.still(4), add(4), list(_counting(3))]
+    found.append(asyncio.run(_waiting(7)))
+    with pytest.raises(ZeroDivisionError) as caught:
+        _failing(1)
+    found.append(caught.traceback[-1].lineno)
+    return found
+
+
 def test_gathered_functions_do_what_they_did() -> None:
-    used = memory.recorded(lambda: None if _work(1) else None)
-    assert {_work.__code__, _inner.__code__} <= used
-    before, _, line = _work.__code__, _inner.__code__, _work.__code__.co_firstlineno
+    before = _everything()
+    former = [_work, _inner, _Worker.work, _failing]
+    used = frozenset(code for code in memory.recorded(_everything) if code.co_filename == __file__)
+    assert {function.__code__ for function in former} <= used
+    large = _LARGE
     memory.gather(used)
-    assert _work.__code__ is not before
-    assert _work.__code__ == before
-    assert _work.__code__.co_firstlineno == line
-    assert _work(20) == 41
+    assert _everything() == before
+    assert _work.__doc__ == "Documented."
+    assert _work.__kwdefaults__ == {"more": 1}
+    assert all(new is not old for new, old in zip([_work, _inner, _Worker.work, _failing], former, strict=True))
+    assert _LARGE == large
+    assert _LARGE is not large
+    assert former[1](4) == 8  # type: ignore[operator]
+
+
+def test_gathered_functions_lie_side_by_side() -> None:
+    names = ["_work", "_inner", "_failing", "_adder"]
+    program = f"""
+from supervisord_ctr.linux import memory
+from tests.unit.linux import test_linux_memory as module
+
+used = memory.recorded(module._everything)
+kept = memory.fill_gaps()
+memory.gather(used)
+for size, places in ((4096, [id(getattr(module, name)) for name in {names}]),
+                     (16384, [id(getattr(module, name).__code__) for name in {names}])):
+    assert max(places) - min(places) < size, places
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
