@@ -6,6 +6,7 @@ changes with the zygote.
 
 from __future__ import annotations
 
+import _socket
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ class Employment:
     loop: serve.Loop
     daemon: socket.socket
     packet: bytes
-    work: socket.socket | None
+    work: _socket.socket | None
     post: Post | None
     patience: float
 

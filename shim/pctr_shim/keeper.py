@@ -149,7 +149,7 @@ class Keeper:
         """A worker; in it, its post. What the worker has now is closed here."""
         while True:
             try:
-                ours, theirs = _socket.socketpair(_AF_UNIX, _SOCK_SEQPACKET)
+                ours, theirs = socketpair()
                 pid = libc.fork()
                 break
             except OSError:  # as many processes or as much memory as there may be: containers must not die of that
@@ -305,16 +305,15 @@ class Keeper:
         return True
 
 
-#: What of a keeper `rehearse` does not run.
-BEFORE_REHEARSAL = frozenset(
-    function.__code__ for function in (Keeper.become, processes.set_child_subreaper, libc.check)
-)
+def socketpair() -> tuple[_socket.socket, _socket.socket]:
+    """Two ends that carry packets."""
+    return _socket.socketpair(_AF_UNIX, _SOCK_SEQPACKET)
 
 
 def show_spare() -> None:
     """Have ps show that this is a shim without work."""
     processes.set_name(SPARE_NAME)
-    processes.set_title("containerd-shim-pctr-v1", "(spare)")
+    processes.write_title(b"containerd-shim-pctr-v1\0(spare)")
 
 
 def _first_ended() -> tuple[int, int] | None:
@@ -328,6 +327,12 @@ def _first_ended() -> tuple[int, int] | None:
     if found.si_code == os.CLD_EXITED:
         return found.si_pid, found.si_status << 8
     return found.si_pid, found.si_status | (0x80 if found.si_code == os.CLD_DUMPED else 0)
+
+
+#: What of a keeper `rehearse` does not run.
+BEFORE_REHEARSAL = frozenset(
+    function.__code__ for function in (Keeper.become, processes.set_child_subreaper, show_spare)
+)
 
 
 def hand_over(post: Post, descriptors: Sequence[tuple[int, int]], description: int) -> bool:

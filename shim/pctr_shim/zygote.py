@@ -64,6 +64,7 @@ Not here: what a shim does (`service.py`), how a foreign daemon starts one (`__m
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import gc
 import json
@@ -75,9 +76,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from pctr_shim import sealed, serve, warm
+from pctr_shim import keeper, sealed, serve, warm
 from pctr_shim.employment import Employment, expects_shim, failure, wants_shim
-from pctr_shim.keeper import Keeper
 from pctr_shim.signals import Signals
 from supervisord_ctr import errors
 from supervisord_ctr.linux import heap, libc, memory, processes
@@ -93,7 +93,7 @@ _UNUSED = 60.0
 _POLLIN, _SIGTERM = int(select.POLLIN), int(signal.SIGTERM)
 
 #: In a fork: the request, or for a spare shim the socket on which that will come.
-_Work = tuple[bytes, socket.socket | None]
+_Work = tuple[bytes, _socket.socket | None]
 
 
 class Zygote:
@@ -103,7 +103,7 @@ class Zygote:
         self._connection = connection
         self._signals = signals
         #: Our end of the spare's socket.
-        self._spare: socket.socket | None = None
+        self._spare: _socket.socket | None = None
         self._wants_spare = False
 
     def run(self) -> _Work | None:
@@ -170,7 +170,7 @@ class Zygote:
     def _make_spare(self) -> _Work | None:
         self._wants_spare = False
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = keeper.socketpair()
             try:
                 pid = libc.fork()
             except OSError:
@@ -192,18 +192,20 @@ class Zygote:
         spare, self._spare = self._spare, None
         if spare is None:
             return False
-        with spare:
-            try:
-                spare.send(packet)
-            except OSError as error:
-                log.warning("the spare shim is gone: %s", error)
-                return False
+        try:
+            spare.send(packet)
+        except OSError as error:
+            log.warning("the spare shim is gone: %s", error)
+            return False
+        finally:
+            spare.close()
         return True
 
 
 #: What runs between two forks, and is under way in each.
 _FORKING = frozenset(function.__code__ for function in (
     Zygote.run, Zygote._pass_on, Zygote._employ_spare, Zygote._turn_spare, Zygote._make_spare, wants_shim, expects_shim,
+    keeper.socketpair,
 ))
 
 
@@ -229,7 +231,7 @@ async def _live(connection: socket.socket, loop: serve.Loop, programs: Sequence[
     try:
         post = None
         if patience and wants_shim(packet):
-            post = Keeper(loop.signals).become(connection.fileno(), -1 if work is None else work.fileno())
+            post = keeper.Keeper(loop.signals).become(connection.fileno(), -1 if work is None else work.fileno())
         await Employment(shim, loop, connection, packet, work, post, patience).carry_out()
     except BaseException:
         log.exception("shim failed")

@@ -74,7 +74,9 @@ def gather(used: frozenset[CodeType]) -> None:
         (found for found in gc.get_objects() if isinstance(found, FunctionType) and found.__code__ in used),
         key=lambda found: (found.__module__ or "", found.__code__.co_firstlineno),
     )
-    packed = {id(function.__code__): marshal.dumps(_lengthened(function.__code__)) for function in functions}
+    # One kind after the other, and all are kept until the end: nothing that is freed between makes room in the row.
+    longer = {id(function.__code__): _lengthened(function.__code__) for function in functions}
+    packed = {number: marshal.dumps(code) for number, code in longer.items()}
     made = {number: marshal.loads(data) for number, data in packed.items()}
     for function in functions:
         function.__code__ = made[id(function.__code__)]
