@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
@@ -56,17 +57,39 @@ def warm_up(forking: frozenset[CodeType]) -> list[object]:
     are made.
     """
     used = memory.recorded(lambda: _rounds(1))
-    resting = set(forking | keeper.BEFORE_REHEARSAL)
-    signals = Signals()
-    _keep(signals, resting)
-    signals.close()
+    resting = forking | keeper.BEFORE_REHEARSAL | _of_keepers()
     kept = memory.fill_gaps()
-    memory.gather(frozenset(resting))
-    memory.gather(used - resting)
+    with _careful():
+        memory.gather(resting)
+        memory.gather(used - resting)
     _rounds(_ROUNDS)
     sys._clear_type_cache()  # it holds what imports looked up, and the names in it lie everywhere
     _rounds(1)
     return kept
+
+
+@contextlib.contextmanager
+def _careful() -> Iterator[None]:
+    """Failures are only told of, and what tests arm is left for shims."""
+    faults.arm("")
+    try:
+        yield
+    except Exception as error:
+        log.warning("shims will take more memory than they must: %s: %s", type(error).__name__, error)
+    finally:
+        faults.arm(os.environ.get("PCTR_FAULTS", ""))
+
+
+def _of_keepers() -> frozenset[CodeType]:
+    """The code of what runs in a keeper."""
+    ran: set[CodeType] = set()
+    signals = Signals()
+    try:
+        with _careful():
+            _keep(signals, ran)
+    finally:
+        signals.close()
+    return frozenset(ran)
 
 
 def _rounds(number: int) -> None:
@@ -76,17 +99,14 @@ def _rounds(number: int) -> None:
         log.warning("shims will take more memory than they must: %s", error)
         return
     loop = serve.Loop()
-    faults.arm("")  # what tests arm is meant for shims
     try:
-        loop.run_until_complete(asyncio.wait_for(_run(folder, number, loop.signals), 10))
-        for _ in range(number):
-            _keep(loop.signals)
-    except Exception as error:
-        log.warning("shims will take more memory than they must: %s: %s", type(error).__name__, error)
+        with _careful():
+            loop.run_until_complete(asyncio.wait_for(_run(folder, number, loop.signals), 10))
+            for _ in range(number):
+                _keep(loop.signals)
     finally:
         loop.close()
         loop.signals.close()
-        faults.arm(os.environ.get("PCTR_FAULTS", ""))
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -72,8 +72,10 @@ def write_title(words: bytes) -> None:
     except OSError:  # in another user namespace
         ctypes.memmove(start, text, len(text))
         return
-    os.pwrite(memory, text, start)
-    os.close(memory)
+    try:
+        os.pwrite(memory, text, start)
+    finally:
+        os.close(memory)
 
 
 @contextlib.contextmanager
