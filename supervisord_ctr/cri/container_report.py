@@ -27,22 +27,19 @@ PAGE = 250
 
 
 def container_status(core: Core, container: Container) -> pb.ContainerStatus:
-    """The status of a container."""
-    status = container.cached_status()
+    """The status of a container; shared, not to be changed: events of a large pod hold those of all its containers."""
+    image = core.images.get(container.image_id)
+    names = ("", "") if image is None else ("".join(image.tags[:1]), "".join(image.digests[:1]))
+    status = container.cached_status(names)
     if status is None:
         status = _build_status(container)
-        container.keep_status(status)
-    image = core.images.get(container.image_id)
-    if image is None:
-        return status
-    result = pb.ContainerStatus()
-    result.CopyFrom(status)
-    if image.tags:
-        result.image.Clear()
-        result.image.image = image.tags[0]
-    if image.digests:
-        result.image_ref = image.digests[0]
-    return result
+        if names[0]:
+            status.image.Clear()
+            status.image.image = names[0]
+        if names[1]:
+            status.image_ref = names[1]
+        container.keep_status(names, status)
+    return status
 
 
 def _build_status(container: Container) -> pb.ContainerStatus:

@@ -201,7 +201,7 @@ class Container:
     id_mapped: list[list[str]] = field(default_factory=list)
     resources: pb.LinuxContainerResources | None = None
     _item: pb.Container | None = field(default=None, repr=False)
-    _status: pb.ContainerStatus | None = field(default=None, repr=False)
+    _status: tuple[tuple[str, str], pb.ContainerStatus] | None = field(default=None, repr=False)
     _config_text: str = field(default="", repr=False)
 
     @property
@@ -240,13 +240,13 @@ class Container:
             self._config_text = json_format.MessageToJson(self.config, preserving_proto_field_name=True, indent=None)
         return self._config_text
 
-    def cached_status(self) -> pb.ContainerStatus | None:
-        """The status built last, None when something changed since."""
-        return self._status
+    def cached_status(self, names: tuple[str, str]) -> pb.ContainerStatus | None:
+        """The status built last; None when something changed since, or the image's names are others."""
+        return self._status[1] if self._status is not None and self._status[0] == names else None
 
-    def keep_status(self, status: pb.ContainerStatus) -> None:
+    def keep_status(self, names: tuple[str, str], status: pb.ContainerStatus) -> None:
         """Remember a status until `changed`."""
-        self._status = status
+        self._status = names, status
 
     def encode(self) -> bytes:
         """The record."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import metric_names, stats
-from supervisord_ctr.cri.container_report import exit_reason, pages
-from supervisord_ctr.cri.core import Stages, all_of
+from supervisord_ctr.cri.container_report import container_status, exit_reason, pages
+from supervisord_ctr.cri.core import Core, Stages, all_of
 from supervisord_ctr.cri.events import EventHub
 from supervisord_ctr.cri.pipes import opened
 from supervisord_ctr.cri.state import Container
@@ -136,6 +138,28 @@ def test_every_metric_has_words_and_labels_once() -> None:
     assert all(item.help and item.label_keys[:2] == ["pod", "namespace"] for item in described)
     assert "container_threads" in metric_names.GAUGES
     assert "container_oom_events_total" not in metric_names.GAUGES
+
+
+def test_a_status_is_shared_until_something_changes() -> None:
+    """A pod's events hold the statuses of all of its containers: a copy for each event would be large."""
+    image = SimpleNamespace(tags=["example.test/app:1"], digests=["example.test/app@sha256:ab"])
+    core = cast(Core, SimpleNamespace(images=SimpleNamespace(get={"sha256:cd": image}.get)))
+    container = Container("c1", "app", "p1", pb.ContainerConfig(image=pb.ImageSpec(image="app")))
+    container.image_id, container.stage = "sha256:cd", "created"
+    told = container_status(core, container)
+    assert (told.image.image, told.image_ref, told.state) == (
+        "example.test/app:1", "example.test/app@sha256:ab", pb.CONTAINER_CREATED)
+    assert container_status(core, container) is told
+    image.tags = ["example.test/app:2"]
+    retagged = container_status(core, container)
+    assert (retagged.image.image, told.image.image) == ("example.test/app:2", "example.test/app:1")
+    container.stage = "running"
+    container.changed()
+    assert container_status(core, container).state == pb.CONTAINER_RUNNING
+    assert retagged.state == pb.CONTAINER_CREATED
+    container.image_id = "sha256:gone"
+    container.changed()
+    assert container_status(core, container).image_ref == "sha256:gone"
 
 
 def test_pages() -> None:
