@@ -14,17 +14,10 @@ from tests.support.shim import children_named
 
 
 @pytest.fixture
-def fresh() -> Iterator[DaemonProcess]:
+def daemon() -> Iterator[DaemonProcess]:
     """A daemon that was never asked for a shim."""
-    with running_daemon() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def client(fresh: DaemonProcess, root: Path) -> Iterator[Client]:
-    made = Client(fresh, root)
-    yield made
-    made.close()
+    with running_daemon() as made:
+        yield made
 
 
 def spares(daemon: DaemonProcess) -> list[int]:
@@ -36,14 +29,14 @@ def spares(daemon: DaemonProcess) -> list[int]:
     return children_named(zygote, "pctr-spare")
 
 
-def test_a_container_s_shim_is_ready_before_its_task_is_asked_for(client: Client, fresh: DaemonProcess) -> None:
+def test_a_container_s_shim_is_ready_before_its_task_is_asked_for(client: Client, daemon: DaemonProcess) -> None:
     client.runtime, own = "io.containerd.no-such-runtime.v9", client.runtime
     client.remove(client.container(["true"]))
-    assert spares(fresh) == []
+    assert spares(daemon) == []
     client.runtime = own
     name = client.container(["sleep", "1000"])
-    wait_until(lambda: bool(spares(fresh)), "a shim waits", TIMEOUT)
-    (ready,) = spares(fresh)
+    wait_until(lambda: bool(spares(daemon)), "a shim waits", TIMEOUT)
+    (ready,) = spares(daemon)
     client.create(name)
     assert shim_pid(client, name) == ready
     client.finish(name)

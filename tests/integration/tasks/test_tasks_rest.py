@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,16 +19,10 @@ SETTLED = 1.2
 
 
 @pytest.fixture(scope="module")
-def resting() -> Iterator[DaemonProcess]:
-    with running_daemon("[runtime]\nshim_rest = 0.2\n") as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def client(resting: DaemonProcess, root: Path) -> Iterator[Client]:
-    made = Client(resting, root)
-    yield made
-    made.close()
+def daemon() -> Iterator[DaemonProcess]:
+    """One whose shims rest soon."""
+    with running_daemon("[runtime]\nshim_rest = 0.2\n") as made:
+        yield made
 
 
 def at_rest(client: Client, *names: str) -> bool:
@@ -82,15 +75,15 @@ def test_an_exit_that_nobody_waited_for_is_seen(client: Client) -> None:
     client.finish(name)
 
 
-def test_p5_a_daemon_killed_while_shims_rest_finds_them(client: Client, resting: DaemonProcess) -> None:
+def test_p5_a_daemon_killed_while_shims_rest_finds_them(client: Client, daemon: DaemonProcess) -> None:
     names = [client.run("sh", "-c", f"trap 'exit {number}' TERM; while :; do sleep 0.1; done") for number in range(3)]
     settle(client, *names)
     pids = [client.process(name).pid for name in names]
-    resting.kill()
+    daemon.kill()
     client.channel.close()
     time.sleep(0.5)  # noqa: TID251  nothing must happen
     os.kill(pids[2], signal.SIGTERM)
-    resting.start()
+    daemon.start()
     client.connect()
     wait_until(lambda: client.listed() == {
         names[0]: task_pb2.RUNNING, names[1]: task_pb2.RUNNING, names[2]: task_pb2.STOPPED,
