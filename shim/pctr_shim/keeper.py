@@ -273,11 +273,9 @@ class Keeper:
         """Return when there is something to do."""
         poll = select.poll()
         poll.register(self._signals.reader, _POLLIN)
-        number = 0
-        for fd in self._kept:
-            if self._marks[number] != KEEP:
+        for fd, mark in zip(self._kept, self._marks, strict=True):
+            if mark != KEEP:
                 poll.register(fd, _POLLIN)
-            number += 1  # noqa: SIM113  one type less to touch
         while _first_ended() is None:
             fd, events = poll.poll()[0]
             if fd == self._signals.reader:
