@@ -6,7 +6,9 @@ visible, and the queue is sent strictly in order, one call after the other, so n
 Our own daemon takes what waits in one call; containerd takes one event with each.
 
 A daemon that is away is tried again for as long as it takes (0.1 s growing to 2 s); `nudge` tries
-at once. The queue is bounded: beyond that, the oldest go and the loss is logged.
+at once. When nobody listens any more, a daemon of ours is not tried but awaited: it asks for the state of
+every task when it starts, and the shim may rest until then, its queue with it. The queue is bounded: beyond
+that, the oldest go and the loss is logged.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import itertools
 import logging
 import os
 import time
+from collections.abc import Iterable
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -41,6 +44,7 @@ LIMIT = 65536
 _BATCH = 64
 _BATCH_BYTES = 1 << 20
 _CALL_TIMEOUT = 5.0
+_FIRST_RETRY, _LONGEST_RETRY = 0.1, 2.0
 #: Seconds that an event may wait: the answer to the call that caused it goes first, and keeps the daemon busy. That of
 #: a start waits until the caller has had its answer, and takes that of the creation along; exits are waited for.
 _LINGER, _LINGER_OF_EXITS = 0.01, 0.002
@@ -61,6 +65,8 @@ class Publisher:
         self._client: Client | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._owner = TaskOwner("publisher")
+        self._nobody = False
+        self._awaits = False
         self._lost = 0
 
     def start(self) -> None:
@@ -73,8 +79,8 @@ class Publisher:
 
     @property
     def busy(self) -> bool:
-        """Whether an event is on its way."""
-        return bool(self._queue) or self._timer is not None
+        """Whether an event is on its way: not while the next daemon is awaited."""
+        return (bool(self._queue) and not self._awaits) or self._timer is not None
 
     @property
     def tasks(self) -> int:
@@ -85,6 +91,17 @@ class Publisher:
     def descriptor(self) -> int:
         """That of the connection to the daemon; -1 without one."""
         return self._client.descriptor if self._client is not None else -1
+
+    def leave(self) -> list[str]:
+        """What waits for a daemon, in hexadecimal, for the next worker."""
+        return [event.SerializeToString().hex() for event in self._queue]
+
+    def take_up(self, left: Iterable[str]) -> None:
+        """Go on with what `leave` gave: to be sent before what comes now."""
+        self._queue.extend(types_pb2.Envelope.FromString(bytes.fromhex(event)) for event in left)
+        if self._queue:
+            self._empty.clear()
+            self._wake.set()
 
     def publish(self, topic: str, message: Message) -> None:
         """Queue an event with the time of now."""
@@ -119,20 +136,22 @@ class Publisher:
         self._retry.set()
 
     async def _run(self) -> None:
-        delay = 0.1
+        delay = _FIRST_RETRY
         while True:
             while self._queue:
                 batch = self._batch()
+                self._retry.clear()  # before the try: a daemon that shows up while one fails is not overlooked
                 if await self._send(batch):
-                    delay = 0.1
+                    delay = _FIRST_RETRY
                     for event in batch:
                         if self._queue and self._queue[0] is event:
                             self._queue.popleft()
                 else:
-                    self._retry.clear()
+                    self._awaits = self._nobody and self._config.batches and delay == _LONGEST_RETRY
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._retry.wait(), delay)
-                    delay = min(delay * 2, 2.0)
+                        await asyncio.wait_for(self._retry.wait(), None if self._awaits else delay)
+                    self._awaits = False
+                    delay = min(delay * 2, _LONGEST_RETRY)
             self._empty.set()
             self._wake.clear()
             await self._wake.wait()
@@ -168,7 +187,12 @@ class Publisher:
             if self._client is not None:
                 await self._client.close()
                 self._client = None
-            self._client = await Client.connect(self._config.events)
+            self._nobody = False
+            try:
+                self._client = await Client.connect(self._config.events)
+            except errors.Unavailable as error:
+                self._nobody = isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError)
+                raise
         request: Message
         service, method, request = SERVICE, "Forward", forward_pb2.ForwardRequest(envelope=batch[0])
         if len(batch) > 1:

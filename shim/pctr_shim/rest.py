@@ -4,8 +4,8 @@ Owns the decision and the description of the whole shim; each object describes i
 decision errs on the side of working on: whatever the loop watches, and every task on it, has to be known here.
 
 Description (JSON): {"request": what the zygote was asked for, "listeners": […], "connections": [[number, [[stream,
-request in hexadecimal], …]], …], "tasks": see `TaskService.leave`, "patience": seconds, "since": seconds of the
-monotonic clock}; numbers count descriptors.
+request in hexadecimal], …]], …], "tasks": see `TaskService.leave`, "events": see `Publisher.leave`, "patience":
+seconds, "since": seconds of the monotonic clock}; numbers count descriptors.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Rest:
                 [belongings.leave(one.descriptor), [(stream, data.hex()) for stream, data in one.requests]]
                 for one in standing
             ],
-            "tasks": shim.tasks.leave(belongings),
+            "tasks": shim.tasks.leave(belongings), "events": shim.publisher.leave(),
         }
 
     def _marks(self, belongings: Belongings) -> dict[int, int]:
@@ -137,6 +137,7 @@ async def resume(shim: Shim, left: Mapping[str, Any], descriptors: Sequence[int]
     belongings = Belongings(descriptors)
     for number in left["listeners"]:
         await shim.server.serve(socket.socket(fileno=belongings.take(number)))
+    shim.publisher.take_up(left["events"])
     shim.tasks.take_up(left["tasks"], belongings)
     for number, requests in left["connections"]:
         if (fd := belongings.take(number)) < 0:

@@ -180,7 +180,8 @@ class TaskService:
         return Empty()
 
     async def state(self, request: api.StateRequest, context: Context) -> api.StateResponse:
-        """What is known of a process; never asks the runtime."""
+        """What is known of a process; never asks the runtime. A daemon that asks is there to take events."""
+        self._publisher.nudge()
         container = self.find(request.id)
         process = container.process(request.exec_id)
         addresses = process.io.addresses
@@ -304,7 +305,7 @@ class TaskService:
         return api.StatsResponse(stats=stats)
 
     async def connect(self, request: api.ConnectRequest, context: Context) -> api.ConnectResponse:
-        """Who we are; a daemon that asks is there to take events."""
+        """Who we are; as `state`, for a daemon that begins with this."""
         self._publisher.nudge()
         container = self.containers.get(request.id)
         pid = container.init.pid if container is not None else 0

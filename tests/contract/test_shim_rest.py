@@ -25,6 +25,7 @@ from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.api.types.task import task_pb2 as types
 from supervisord_ctr.linux import processes
 from supervisord_ctr.ttrpc import wire
+from supervisord_ctr.ttrpc.client import connect_until
 from tests.support.shim import PATIENCE, Lab, Shim, Zygote, laboratory, read_all, rested, workers
 from tests.support.streams import AttachedClient, laboratory_with_clients, parse_log
 
@@ -328,6 +329,25 @@ async def test_p5_neither_a_daemon_that_goes_nor_sigterm_ends_a_shim_at_rest(lab
     await wait_until((lab.folder / "b" / "c" / "exit.json").exists, PATIENCE, "the exit record")
     await lab.serve_events()
     assert await lab.wait_topics(lambda topics: "exit" in topics, "c") == ["create", "start", "exit"]
+
+
+async def test_p5_events_wait_with_a_shim_at_rest_for_the_next_daemon(lab: Lab) -> None:
+    shim = await lab.run("c", ["sleep", "1000"])
+    await rested(shim)
+    await shim.client.close()
+    await lab.stop_events()
+    pid = json.loads((lab.folder / "runc" / lab.namespace / "c" / "state.json").read_text())["init_process_pid"]
+    os.kill(pid, signal.SIGKILL)
+    await wait_until((lab.folder / "b" / "c" / "exit.json").exists, PATIENCE, "the exit record")
+    await rested(shim)
+    assert lab.topics("c") == ["create", "start"]
+    await lab.serve_events()
+    shim.client = await connect_until(shim.path, PATIENCE)
+    assert (await shim.state("c")).exit_status == 137
+    assert await lab.wait_topics(lambda topics: "exit" in topics, "c") == ["create", "start", "exit"]
+    await rested(shim)
+    assert (await shim.delete("c")).exit_status == 137
+    assert await lab.wait_topics(lambda topics: "delete" in topics, "c") == ["create", "start", "exit", "delete"]
 
 
 async def test_a_request_of_a_client_that_is_gone_is_carried_out(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -82,6 +83,49 @@ async def test_p13_the_last_events_leave_before_the_sender_closes(serve: Callabl
     sender.publish("/tasks/oom", events_pb2.TaskOOM(container_id="c"))
     await sender.close()
     assert daemon.calls == [["c"]]
+
+
+async def test_a_daemon_of_ours_that_is_gone_is_awaited_and_not_tried(
+    serve: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(publisher, "_LONGEST_RETRY", 0.02)
+    sender = publisher.Publisher(ShimConfig(events=str(tmp_path / "e"), batches=True), Reaper())
+    sender.start()
+    sender.publish("/tasks/oom", events_pb2.TaskOOM(container_id="a"))
+    assert sender.busy
+    await wait_until(lambda: not sender.busy, 60, "it to wait")
+    next_worker = publisher.Publisher(ShimConfig(events=str(tmp_path / "e"), batches=True), Reaper())
+    next_worker.take_up(sender.leave())
+    await sender.close(0)
+    next_worker.publish("/tasks/oom", events_pb2.TaskOOM(container_id="b"))
+    next_worker.start()
+    await wait_until(lambda: not next_worker.busy, 60, "the next one to wait")
+    daemon = serve(old=False)
+    await daemon.server.serve(daemon.listener)
+    await asyncio.sleep(0.1)  # noqa: TID251  nothing must happen
+    assert daemon.calls == []
+    next_worker.nudge()
+    await wait_until(lambda: len(next_worker) == 0, 60, "all events to be taken")
+    assert daemon.calls == [["a", "b"]]
+    await next_worker.close()
+
+
+async def test_a_foreign_daemon_that_is_gone_is_tried_on(
+    serve: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(publisher, "_LONGEST_RETRY", 0.02)
+    sender = publisher.Publisher(ShimConfig(events=str(tmp_path / "e")), Reaper())
+    sender.start()
+    sender.publish("/tasks/oom", events_pb2.TaskOOM(container_id="a"))
+    await asyncio.sleep(0.2)  # noqa: TID251  several tries fail
+    assert sender.busy
+    daemon = serve(old=False)
+    await daemon.server.serve(daemon.listener)
+    await wait_until(lambda: len(sender) == 0, 60, "the event to be taken")
+    assert daemon.calls == [["a"]]
+    await sender.close()
 
 
 async def test_events_that_nobody_wants_are_not_kept() -> None:
