@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +22,18 @@ def daemon() -> Iterator[DaemonProcess]:
         yield made
 
 
-def spares(daemon: DaemonProcess) -> list[int]:
-    """The shims without work; waits until the zygote serves."""
+def zygote(daemon: DaemonProcess) -> int:
+    """Pid of the zygote; waits until it serves."""
     assert daemon.process is not None
     pid = daemon.process.pid
     wait_until(lambda: bool(children_named(pid, "pctr-zygote")), "the zygote runs", TIMEOUT)
-    (zygote,) = children_named(pid, "pctr-zygote")
-    return children_named(zygote, "pctr-spare")
+    (found,) = children_named(pid, "pctr-zygote")
+    return found
+
+
+def spares(daemon: DaemonProcess) -> list[int]:
+    """The shims without work; waits until the zygote serves."""
+    return children_named(zygote(daemon), "pctr-spare")
 
 
 def test_a_container_s_shim_is_ready_before_its_task_is_asked_for(client: Client, daemon: DaemonProcess) -> None:
@@ -40,6 +47,26 @@ def test_a_container_s_shim_is_ready_before_its_task_is_asked_for(client: Client
     client.create(name)
     assert shim_pid(client, name) == ready
     client.finish(name)
+
+
+def test_p5_a_zygote_that_dies_with_a_shim_ready_or_before_it_heard_of_the_need_costs_nothing(
+    client: Client, daemon: DaemonProcess,
+) -> None:
+    first = client.container(["sleep", "1000"])
+    wait_until(lambda: bool(spares(daemon)), "a shim waits", TIMEOUT)
+    (ready,) = spares(daemon)
+    os.kill(zygote(daemon), signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{ready}").exists(), "a shim without work ends with its zygote", TIMEOUT)
+    client.create(first)
+    client.finish(first)
+    deaf = zygote(daemon)
+    os.kill(deaf, signal.SIGSTOP)
+    second = client.container(["sh", "-c", "exit 3"])
+    os.kill(deaf, signal.SIGKILL)
+    client.create(second)
+    client.start(second)
+    assert client.wait(second) == 3
+    client.finish(second)
 
 
 def test_a_pod_s_shim_is_ready_before_its_first_container() -> None:
