@@ -6,6 +6,7 @@ The one place that starts asyncio tasks outside a TaskGroup. Nothing here knows 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
@@ -159,7 +160,38 @@ async def run_in(
     A call that was handed over is made, also when the caller is cancelled before a thread is free: it
     may be the undo of something.
     """
-    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(executor, lambda: call(*args, **kwargs)))
+    # Not the loop's run_in_executor under a shield: three futures chained by callbacks cost more than most calls.
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def tell(how: Callable[..., object], *values: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop ended: nobody waits any more
+            loop.call_soon_threadsafe(how, *values)
+
+    def make() -> None:
+        try:
+            result = call(*args, **kwargs)
+        except BaseException as error:
+            tell(_fail, future, error)
+        else:
+            tell(_settle, future, result)
+
+    def check(handed: concurrent.futures.Future[None]) -> None:
+        if handed.cancelled():  # the executor closed before a thread was free
+            tell(future.cancel)
+
+    executor.submit(make).add_done_callback(check)
+    return await future
+
+
+def _settle(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
 
 
 async def wait_until(condition: Callable[[], bool | Awaitable[bool]], timeout: float, what: str) -> None:

@@ -463,13 +463,17 @@ class Content:
         raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
 
     async def _find_shared(self, digest: str, size: int) -> ContentInfo | None:
-        if self._isolated and not self._is_shareable(digest):
+        if not (self._is_shareable(digest) if self._isolated else self._is_recorded(digest)):
             return None
         try:
             found = await self.executors.run_io(self.local.info, digest)
         except NotFound:
             return None
         return found if size in (0, found.size) else None
+
+    def _is_recorded(self, digest: str) -> bool:
+        """Whether any namespace has the blob."""
+        return self._engine.row("SELECT 1 FROM blobs WHERE digest = ? LIMIT 1", (digest,)) is not None
 
     def _is_shareable(self, digest: str) -> bool:
         """Whether a namespace that shares what it has has the blob."""

@@ -268,7 +268,8 @@ class Engine:
         if self._failed is not None:
             raise self._failed
         loop = asyncio.get_running_loop()
-        mutation = _Mutation(work, durable, loop, loop.create_future())
+        future: asyncio.Future[T] = loop.create_future()  # whose cancelling leaves the mutation in the queue
+        mutation = _Mutation(work, durable, loop, future)
         asked = self._asked.get(loop)
         if asked is None:
             # What else is asked for in this turn of the loop goes along, and to disk at once: the writer would
@@ -276,7 +277,7 @@ class Engine:
             asked = self._asked[loop] = []
             loop.call_soon(self._hand_over, loop)
         asked.append(mutation)
-        return await asyncio.shield(mutation.future)
+        return await future
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         asked = self._asked.pop(loop, None)
@@ -374,8 +375,6 @@ class Engine:
                 continue
             if mutation.error is not None:
                 mutation.future.set_exception(mutation.error)
-                # The awaiting side is shielded and may be gone; its error is then nobody's.
-                mutation.future.exception()
             else:
                 mutation.future.set_result(mutation.result)
 

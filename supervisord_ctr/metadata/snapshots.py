@@ -46,6 +46,10 @@ from supervisord_ctr.snapshots import INHERITED_LABELS, Snapshotter
 log = logging.getLogger(__name__)
 
 _COLUMNS = "key, backend, parent, created, updated, labels"
+#: Rows of a snapshotter and a key, whichever namespace has them: by the primary key, since there are few namespaces.
+_OF_ANY_NAMESPACE = (
+    "FROM namespaces n CROSS JOIN snapshots s ON s.namespace = n.name AND s.snapshotter = ? AND s.key = ?"
+)
 
 INTENT = faults.declare("metadata.snapshot.intent", "a commit is written down, the snapshotter was not asked yet")
 
@@ -460,6 +464,10 @@ class NamespacedSnapshotter:
 
         Whether the namespace has it now. `parent` must be there already, and be the same on disk.
         """
+        found = self._engine.rows(f"SELECT s.backend {_OF_ANY_NAMESPACE}", (self.name, name))
+        committed = {backend for (backend,) in found if await self._is_committed(backend)}
+        if not committed:
+            return False
 
         def work(tx: Transaction) -> bool:
             if _select(tx, namespace, self.name, name) is not None:
@@ -469,8 +477,8 @@ class NamespacedSnapshotter:
             if parent and above is None:
                 return False
             for candidate in tx.rows(
-                "SELECT namespace, backend, parent, labels FROM snapshots WHERE snapshotter = ? AND key = ? "
-                "AND intent IS NULL", (self.name, name),
+                f"SELECT s.namespace, s.backend, s.parent, s.labels {_OF_ANY_NAMESPACE} AND s.intent IS NULL",
+                (self.name, name),
             ):
                 there = _select(tx, candidate[0], self.name, candidate[2]) if candidate[2] else None
                 if candidate[1] not in committed or (there[1] if there else "") != (above[1] if above else ""):
@@ -482,8 +490,13 @@ class NamespacedSnapshotter:
                 return True
             return False
 
-        committed = {info.name for info in await self.backend.walk(["kind==committed"])}
         return await self._engine.write(work)
+
+    async def _is_committed(self, backend: str) -> bool:
+        try:
+            return (await self.backend.stat(backend)).kind == SnapshotKind.COMMITTED
+        except NotFound:
+            return False
 
 
 def _split(backend: str) -> tuple[str, str]:

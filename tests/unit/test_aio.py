@@ -151,6 +151,32 @@ async def test_a_call_that_was_handed_over_is_made_though_its_caller_is_cancelle
     executors.close()
 
 
+async def test_who_waits_for_a_thread_is_told_that_the_executors_close() -> None:
+    executors = Executors.create(io=1, cpu=1)
+    begun, free = threading.Event(), threading.Event()
+
+    def busy() -> bool:
+        begun.set()
+        return free.wait(10)
+
+    first = asyncio.create_task(executors.run_io(busy))
+    second = asyncio.create_task(executors.run_io(int))
+    await asyncio.to_thread(begun.wait, 10)
+    closing = asyncio.create_task(asyncio.to_thread(executors.close))
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    free.set()
+    assert await first
+    await closing
+
+
+async def test_an_error_that_no_future_can_hold_is_told_all_the_same() -> None:
+    executors = Executors.create(io=1, cpu=1)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await executors.run_io(next, iter(()))
+    executors.close()
+
+
 async def test_wait_until_names_what_did_not_happen() -> None:
     with pytest.raises(TimeoutError, match="the moon"):
         await wait_until(lambda: False, 0.02, "the moon")
