@@ -72,7 +72,7 @@ class Failures:
 
 
 class Registry:
-    """The repository of `reference`. One object for one pull or push: it remembers bad hosts."""
+    """The repository of `reference`. One object for one pull or push: it remembers its hosts, and the bad ones."""
 
     def __init__(
         self, reference: Reference, hosts: HostsConfig, http: Http, credentials: Credentials | None = None, *,
@@ -85,10 +85,13 @@ class Registry:
         self._authorizer = Authorizer(credentials or Anonymous(), http)
         self._retries = max(1, retries)
         self._bad: dict[str, str] = {}
+        self._found: dict[str, list[RegistryHost]] = {}
 
     def hosts(self, capability: str) -> list[RegistryHost]:
         """The hosts to try, those that failed lastingly in this pull left out (unless all did)."""
-        found = self._hosts.lookup(self.reference.domain, capability)
+        found = self._found.get(capability)
+        if found is None:
+            found = self._found[capability] = self._hosts.lookup(self.reference.domain, capability)
         good = [host for host in found if host.url not in self._bad]
         return good or found
 
