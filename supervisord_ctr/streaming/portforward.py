@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 PORT_FORWARD_PROTOCOLS = ("portforward.k8s.io",)
 #: Pairs that one session may have open.
 MAX_PAIRS = 512
+#: Seconds without data after which a client is taken to be done whose protocol cannot tell it of the pod's end.
+_SILENCE = 1.0
 
 
 @dataclass(slots=True)
@@ -110,28 +112,35 @@ class PortForward:
             await error.close()
 
 
-async def forward(backend: Backend, sandbox_id: str, port: int, stream: Duplex) -> str:
-    """Forward one connection to its end; what to tell the client, empty when all went well."""
+async def forward(
+    backend: Backend, sandbox_id: str, port: int, stream: Duplex, *, silence: float | None = None
+) -> str:
+    """Forward one connection to its end; what to tell the client, empty when all went well. `silence`: see `join`."""
     try:
         sock = await backend.port_forward(sandbox_id, port)
     except (Error, OSError) as error:
         log.info("port-forward to port %d of sandbox %s: %s", port, sandbox_id, error)
         return f"error forwarding port {port} to pod {sandbox_id}, uid : {error}"
     with sock:
-        await join(sock, stream)
+        await join(sock, stream, silence=silence)
     return ""
 
 
-async def join(sock: socket.socket, stream: Duplex) -> None:
+async def join(sock: socket.socket, stream: Duplex, *, silence: float | None = None) -> None:
     """Copy both ways until both ends have ended or one was reset.
 
     Each direction ends by itself: the end of what the client sends becomes a shutdown of the socket,
     and the socket's end closes the stream for sending. A reset of one side becomes a reset of the other.
+    A client that cannot be told of the pod's end waits for ours: after the pod's, `silence` seconds in
+    which it sends nothing are its own.
     """
     loop = asyncio.get_running_loop()
+    heard = loop.time()
 
     async def client_to_pod() -> None:
+        nonlocal heard
         while data := await stream.read(CHUNK):
+            heard = loop.time()
             try:
                 await loop.sock_sendall(sock, data)
             except OSError:
@@ -147,11 +156,18 @@ async def join(sock: socket.socket, stream: Duplex) -> None:
         while data := await loop.sock_recv(sock, CHUNK):
             await stream.write(data)
         await stream.close()
+        if silence is None:
+            return
+        until = loop.time() + silence
+        while (left := until - loop.time()) > 0 and not sending.done():
+            await asyncio.wait([sending], timeout=left)
+            until = heard + silence
+        sending.cancel()
 
     try:
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(client_to_pod())
+                sending = group.create_task(client_to_pod())
                 group.create_task(pod_to_client())
         except* OSError as group_error:
             log.debug("forwarded connection was reset: %s", group_error.exceptions[0])
@@ -183,7 +199,7 @@ async def serve_websocket(session: ChannelSession, backend: Backend, sandbox_id:
         data, error = session.channels[2 * position], session.channels[2 * position + 1]
         for channel in (data, error):
             await channel.write(struct.pack("<H", port))
-        message = await forward(backend, sandbox_id, port, data)
+        message = await forward(backend, sandbox_id, port, data, silence=_SILENCE)
         if message:
             await error.write(message.encode())
         data.reset()

@@ -31,7 +31,7 @@ async def server(backend: ScriptedBackend) -> AsyncIterator[StreamingServer]:
 
 @pytest.fixture
 async def echo_port(backend: ScriptedBackend) -> AsyncIterator[int]:
-    """A pod's port 80 that sends back what it gets and closes after the client's end."""
+    """A pod's port 80 that sends back what it gets and closes after the client's end, or after a last word at "BYE"."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -41,6 +41,8 @@ async def echo_port(backend: ScriptedBackend) -> AsyncIterator[int]:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     writer.transport.abort()
                     return
+                if data.startswith(b"BYE"):
+                    break
                 writer.write(data)
                 await writer.drain()
             writer.write(b"-end")

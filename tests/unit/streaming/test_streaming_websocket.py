@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -132,6 +133,23 @@ async def test_websocket_port_forward_channels(server: StreamingServer, echo_por
     connection.send(b"\x00hello")
     await connection.wait_for(lambda: connection.channel(0)[2:] == b"hello")
     await connection.close()
+
+
+async def test_websocket_port_forward_ends_with_the_pod_s_connection_which_the_channels_cannot_tell(
+    server: StreamingServer, backend: ScriptedBackend, echo_port: int
+) -> None:
+    connection = await WebSocketClient.connect(
+        server.port_forward_url(PortForwardParams("p1", (echo_port,))), "v4.channel.k8s.io"
+    )
+    connection.send(b"\x00hello")
+    await connection.wait_for(lambda: connection.channel(0)[2:] == b"hello")
+    connection.send(b"\x00BYE")
+    await asyncio.wait_for(connection.read_all(), PATIENCE)
+    assert connection.close_code == 1000
+    assert connection.channel(0)[2:] == b"hello-end"
+    assert connection.channel(1)[2:] == b""
+    await connection.close()
+    await quiet(server, backend)
 
 
 async def test_spdy_tunnelled_through_websocket(server: StreamingServer, echo_port: int) -> None:
