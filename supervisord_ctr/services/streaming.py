@@ -205,7 +205,8 @@ class ProgressSender:
     """Sends progress without ever delaying who makes it, `pace` seconds apart.
 
     Of one blob only the newest event waits, in the place of the oldest: what is below others in the tree
-    stays behind them, and a client's display is not faster than that anyway.
+    stays behind them, and a client's display is not faster than that anyway. A status (it has no
+    name) at the very end is sent twice, a named event between: `ctr` shows a status when the next named one comes.
     """
 
     def __init__(self, stream: Stream, limit: int = 1024, pace: float = 0.1) -> None:
@@ -231,14 +232,20 @@ class ProgressSender:
 
     async def run(self) -> None:
         """Send until `end`."""
+        named = last = None
         with contextlib.suppress(Unavailable):
             while True:
                 await self._ready.wait()
                 self._ready.clear()
                 waiting, self._queue = self._queue, {}
-                for event in waiting.values():
-                    await self._stream.send(_progress_message(event))
+                for last in waiting.values():
+                    await self._stream.send(_progress_message(last))
+                    if last.name:
+                        named = last
                 if self._over.is_set() and not self._queue:
+                    if last is not None and named is not None and not last.name:
+                        for again in (named, last):
+                            await self._stream.send(_progress_message(again))
                     return
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._over.wait(), self._pace)

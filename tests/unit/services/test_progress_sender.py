@@ -76,3 +76,15 @@ async def test_a_client_that_went_away_ends_the_sending() -> None:
         stream.close()
         sender.offer(blob("one", "waiting", 0))
     assert got == []
+
+
+async def test_a_last_status_comes_before_and_after_a_named_event_since_ctr_shows_it_then() -> None:
+    async with sending(pace=3600) as (sender, got, _):
+        sender.offer(Progress("Pulling"))
+        sender.offer(blob("one", "complete", 100))
+        sender.offer(Progress("saved", "image"))
+        sender.offer(Progress("Completed pull"))
+    assert got == [
+        ("", "Pulling", 0), ("one", "complete", 100), ("image", "saved", 0), ("", "Completed pull", 0),
+        ("image", "saved", 0), ("", "Completed pull", 0),
+    ]
