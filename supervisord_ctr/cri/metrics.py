@@ -232,7 +232,7 @@ async def list_metrics(core: Core) -> list[pb.PodSandboxMetrics]:
     """Metrics of every ready pod."""
     readings = await stats.read_pods(core, [pod for pod in core.state.pods() if pod.ready], everything=True)
     groups: list[cgroups.Cgroup] = [
-        stats.group_of(container.cgroup) for read in readings for container, reading in read.containers
+        cgroups.of_runtime_path(container.cgroup) for read in readings for container, reading in read.containers
         if reading is not None
     ]
 

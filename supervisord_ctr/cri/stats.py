@@ -123,14 +123,6 @@ class StatsCollector:
         self.layers[container.id], self._measured_at[container.id] = usage, time.time_ns()
 
 
-def group_of(path: str) -> cgroups.Cgroup:
-    """The control group of a cgroup path as the OCI runtime takes it."""
-    if path.count(":") == 2 and not path.startswith("/"):
-        slice_name, prefix, name = path.split(":")
-        return cgroups.at(cgroups.systemd_path(slice_name, prefix, name))
-    return cgroups.at(path)
-
-
 def pod_group(pod: Pod) -> cgroups.Cgroup | None:
     """The control group that the kubelet made for the pod, None without one."""
     parent = pod.config.linux.cgroup_parent
@@ -175,6 +167,10 @@ def read_group(group: cgroups.Cgroup, *, everything: bool = False) -> Reading | 
         return Reading(time.time_ns(), False, cgroup_metrics.legacy(folders, _read_told)) if folders else None
     except (OSError, ValueError):
         return None
+
+
+def _read_container(container: Container, *, everything: bool = False) -> Reading | None:
+    return read_group(cgroups.of_runtime_path(container.cgroup), everything=everything) if container.cgroup else None
 
 
 def _read_told(path: str) -> str:
@@ -285,7 +281,7 @@ async def read_containers(core: Core, containers: Iterable[Container]) -> list[t
     wanted = list(containers)
 
     def read() -> list[Reading | None]:
-        return [read_group(group_of(item.cgroup)) if item.running and item.cgroup else None for item in wanted]
+        return [_read_container(item) if item.running else None for item in wanted]
 
     return list(zip(wanted, await core.executors.run_io(read), strict=True))
 
@@ -368,10 +364,7 @@ async def read_pods(core: Core, pods: Iterable[Pod], *, everything: bool = False
             found.append(PodReading(
                 pod, read_group(group, everything=everything) if group is not None else None,
                 {} if pod.host_network else read_interfaces(path),
-                [
-                    (item, read_group(group_of(item.cgroup), everything=everything) if item.cgroup else None)
-                    for item in containers
-                ],
+                [(item, _read_container(item, everything=everything)) for item in containers],
             ))
         return found
 

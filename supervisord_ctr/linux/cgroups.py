@@ -336,6 +336,14 @@ def at(path: str) -> Cgroup:
     return Cgroup({name: top + inner for name, top in tree.controllers.items() if name != "systemd"})
 
 
+def of_runtime_path(path: str) -> Cgroup:
+    """The group of an OCI spec's absolute `cgroupsPath`, or of its form for systemd ("SLICE:PREFIX:NAME")."""
+    if path.count(":") == 2 and not path.startswith("/"):
+        slice_name, prefix, name = path.split(":")
+        return at(systemd_path(slice_name, prefix, name))
+    return at(path)
+
+
 def folders_to_join(path: str) -> list[str]:
     """The folders that a process enters to be in the group at `path`; `FileNotFoundError` when there is none."""
     folders = sorted({folder for folder in at(path).folders.values() if os.path.isdir(folder)})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from supervisord_ctr.linux.cgroups import Cgroup
 from supervisord_ctr.model import Container, Event, Exit, Mount
 from supervisord_ctr.runtime.bundle import Bundle, Record
 from supervisord_ctr.runtime.shims import Shim
@@ -58,6 +59,8 @@ class Task:
     pid: int = 0
     created: bool = False
     trouble: str = ""
+    #: Where its numbers are, once somebody has asked for them.
+    group: Cgroup | None = None
     #: The CRIU image that it is restored from.
     checkpoint: Path | None = None
     #: How it ended, when its shim could not tell.

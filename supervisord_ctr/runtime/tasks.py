@@ -34,7 +34,7 @@ from supervisord_ctr.linux.mounts import with_context
 from supervisord_ctr.model import Container, Event, Exit, Mount, TypedValue
 from supervisord_ctr.names import check_identifier
 from supervisord_ctr.runtime import bundle as bundles
-from supervisord_ctr.runtime import recovery
+from supervisord_ctr.runtime import metrics, recovery
 from supervisord_ctr.runtime.attach import AttachConnection
 from supervisord_ctr.runtime.bundle import Bundle, Record, make_passable
 from supervisord_ctr.runtime.forward import EventServer
@@ -490,7 +490,9 @@ class Tasks:
         at = time.time()
         assert task.shim is not None
         try:
-            data = await task.shim.service.stats(task.id, timeout=self.config.state_timeout)
+            data = await self.run_io(metrics.read, task) if not task.record.binary else None
+            if data is None:
+                data = await task.shim.service.stats(task.id, timeout=self.config.state_timeout)
         except errors.Error as error:
             log.debug("metrics of task %s in %s: %s", task.id, task.namespace, error)
             return None

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from supervisord_ctr.api.cgroups.v1 import metrics_pb2 as metrics_v1
+from supervisord_ctr.api.cgroups.v2 import metrics_pb2 as metrics_v2
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
+from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2
 from tests.integration.tasks_support import TIMEOUT, Client, shim_family, shim_pid
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
@@ -25,6 +28,11 @@ def daemon() -> Iterator[DaemonProcess]:
         yield made
 
 
+def pids_of(metric: types_pb2.Metric) -> int:
+    kinds = {kind.DESCRIPTOR.full_name: kind for kind in (metrics_v1.Metrics, metrics_v2.Metrics)}
+    return int(kinds[metric.data.type_url].FromString(metric.data.value).pids.current)
+
+
 def at_rest(client: Client, *names: str) -> bool:
     return all(len(shim_family(client, name)) == 1 for name in names)
 
@@ -36,13 +44,16 @@ def settle(client: Client, *names: str) -> None:
     wait_until(lambda: at_rest(client, *names), "the shims rest", TIMEOUT)
 
 
-def test_p11_lists_and_states_let_shims_rest(client: Client) -> None:
+def test_p11_lists_states_and_metrics_let_shims_rest(client: Client) -> None:
     names = [client.run("sleep", "1000000") for _ in range(3)]
     settle(client, *names)
     workers = {name: shim_family(client, name) for name in names}
     for _ in range(3):
         assert client.listed() == dict.fromkeys(names, task_pb2.RUNNING)
         assert [client.process(name).status for name in names] == [task_pb2.RUNNING] * 3
+        metrics = client.call(client.tasks.Metrics, tasks_pb2.MetricsRequest()).metrics
+        assert sorted(metric.id for metric in metrics) == sorted(names)
+        assert all(pids_of(metric) == 1 for metric in metrics)
     assert {name: shim_family(client, name) for name in names} == workers
     assert all(family == [shim_pid(client, name)] for name, family in workers.items())
     for name in names:

@@ -19,6 +19,7 @@ from supervisord_ctr.cri.container_spec import ImageConfig
 from supervisord_ctr.cri.pods_run import port_mappings, wanted_environment
 from supervisord_ctr.cri.state import Pod
 from supervisord_ctr.errors import InvalidArgument
+from supervisord_ctr.linux import cgroups
 
 
 def test_every_signal_of_cri_has_a_number_and_comes_back() -> None:
@@ -112,7 +113,7 @@ def test_a_cgroup_parent_of_the_other_driver_is_refused(parent: str, systemd: bo
     ("system.slice:cri-containerd:id", "/system.slice/cri-containerd-id.scope"), ("/kubepods/pod1/id", "/kubepods/pod1/id"),
 ])
 def test_stats_find_the_cgroup_that_the_runtime_made(path: str, ends: str) -> None:
-    folders = stats.group_of(path).folders
+    folders = cgroups.of_runtime_path(path).folders
     assert folders
     assert all(folder.endswith(ends) for folder in folders.values())
 
