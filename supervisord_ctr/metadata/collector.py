@@ -433,6 +433,7 @@ class Collector:
         self._content.drop_files()
         for ref in await run_io(local.sweep_ingests, self._ingest_refs):
             removed.append(("", "ingest-data", ref))
+        self._content.swept = True
         return removed
 
     def _strays(self) -> list[str]:

@@ -303,6 +303,8 @@ class Content:
         self._idle = _Idle()
         #: Held by digest while a blob is found and recorded, or discarded.
         self.digests = KeyedLock()
+        #: Whether a collection has removed blobs without a row: from then on a blob without one need not be looked for.
+        self.swept = False
 
     async def info(self, namespace: str, digest: str) -> ContentInfo:
         """NotFound; InvalidArgument for a bad digest."""
@@ -463,7 +465,9 @@ class Content:
         raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
 
     async def _find_shared(self, digest: str, size: int) -> ContentInfo | None:
-        if not (self._is_shareable(digest) if self._isolated else self._is_recorded(digest)):
+        if self._isolated and not self._is_shareable(digest):
+            return None
+        if self.swept and not self._is_recorded(digest):
             return None
         try:
             found = await self.executors.run_io(self.local.info, digest)

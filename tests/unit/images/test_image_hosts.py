@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from supervisord_ctr.errors import InvalidArgument
-from supervisord_ctr.images.hosts import HostsConfig, is_loopback, seconds
+from supervisord_ctr.images.hosts import PULL, HostsConfig, is_loopback, seconds
+from supervisord_ctr.images.http import Http, Timeouts
+from supervisord_ctr.images.reference import parse
+from supervisord_ctr.images.registry import Registry
 
 
 def config(folder: Path, name: str, text: str) -> HostsConfig:
@@ -29,6 +32,18 @@ def test_without_configuration(domain: str, url: str) -> None:
 def test_the_scheme_can_be_asked_for() -> None:
     (host,) = HostsConfig().overridden(default_scheme="http").lookup("quay.io", "pull")
     assert host.url == "http://quay.io"
+
+
+def test_a_pull_keeps_to_the_hosts_that_it_began_with(tmp_path: Path) -> None:
+    hosts = config(tmp_path, "quay.io", '[host."http://mirror:1"]')
+    http = Http(Timeouts())
+    began = Registry(parse("quay.io/a/b:c"), hosts, http)
+    urls = [host.url for host in began.hosts(PULL)]
+    assert urls[0] == "http://mirror:1"
+    config(tmp_path, "quay.io", "broken")
+    assert [host.url for host in began.hosts(PULL)] == urls
+    with pytest.raises(InvalidArgument):
+        Registry(parse("quay.io/a/b:c"), hosts, http).hosts(PULL)
 
 
 def test_mirrors_come_first_in_the_order_of_the_file(tmp_path: Path) -> None:

@@ -376,3 +376,22 @@ async def test_p16_expired_leases_go_without_a_mutation(stores: Stores) -> None:
 async def test_callers_that_wait_share_a_pass(stores: Stores) -> None:
     reports = await asyncio.gather(*(stores.database.gc.collect() for _ in range(10)))
     assert len({id(report) for report in reports}) <= 2
+
+
+@pytest.mark.parametrize("collected", [False, True])
+async def test_a_blob_that_is_on_disk_without_a_row_is_used_or_written_again(stores: Stores, collected: bool) -> None:
+    data = b"known to the disk alone"
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if collected:
+        await stores.database.gc.collect()
+    path = stores.local.path(digest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    writer = await stores.database.content.writer("ns", "r", size=len(data), expected=digest)
+    assert writer.shared is not collected
+    if not writer.shared:
+        await writer.write(data)
+    assert await writer.commit() == digest
+    assert await stores.database.content.read("ns", digest) == data
+    await stores.database.gc.collect()
+    assert not path.exists()

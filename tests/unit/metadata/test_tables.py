@@ -124,3 +124,14 @@ async def test_layers_of_another_namespace_are_adopted(stores: Stores) -> None:
     await overlay.remove("b", "run")
     await stores.database.gc.collect()
     assert await stores.overlay.walk() == []
+
+
+async def test_a_layer_that_the_snapshotter_lost_is_not_adopted(stores: Stores) -> None:
+    overlay = stores.database.snapshotter("overlayfs")
+    await overlay.prepare("a", "w")
+    await overlay.commit("a", "one", "w")
+    (info,) = await stores.overlay.walk()
+    await stores.overlay.remove(info.name)
+    assert not await overlay.adopt("b", "one")
+    with pytest.raises(NotFound):
+        await overlay.stat("b", "one")
