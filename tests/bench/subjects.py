@@ -45,7 +45,7 @@ class Subject(abc.ABC):
         self.registry = registry
         self.tag = f"{self.name}-{os.getpid()}"
         self.cgroup = f"/{work.name}-{self.name}"
-        self.bridge = f"{work.name[-8:]}{number}"
+        self.bridge = f"br{work.name[-8:]}{number}"  # begins with a letter, as the plugins want it
         self.subnet = f"10.213.{number}.0/24"
         self._process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
