@@ -46,8 +46,9 @@ _BATCH_BYTES = 1 << 20
 _CALL_TIMEOUT = 5.0
 _FIRST_RETRY, _LONGEST_RETRY = 0.1, 2.0
 #: Seconds that an event may wait: the answer to the call that caused it goes first, and keeps the daemon busy. That of
-#: a start waits until the caller has had its answer, and takes that of the creation along; exits are waited for.
-_LINGER, _LINGER_OF_EXITS = 0.01, 0.002
+#: a start that follows at once takes that of the creation along; exits are waited for. No longer: who subscribes once
+#: a task has started must not be told of its creation.
+_LINGER, _LINGER_OF_EXITS = 0.004, 0.002
 _EXIT = "/tasks/exit"
 
 
