@@ -460,9 +460,16 @@ class Content:
         except NotFound as error:
             log.warning("content %s: recorded and not on disk, it is written again: %s", digest, error)
             return
-        if lease:
-            await self._engine.write(lambda tx: hold_resource(tx, namespace, lease, "content", digest))
-        raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
+
+        def work(tx: Transaction) -> bool:
+            """Have the lease hold it, unless a collection took it since it was seen: then it is written again."""
+            if tx.row("SELECT 1 FROM blobs WHERE namespace = ? AND digest = ?", (namespace, digest)) is None:
+                return False
+            hold_resource(tx, namespace, lease, "content", digest)
+            return True
+
+        if not lease or await self._engine.write(work):
+            raise AlreadyExists(f"content {digest}: already exists", kind="content", key=digest)
 
     async def _find_shared(self, digest: str, size: int) -> ContentInfo | None:
         if self._isolated and not self._is_shareable(digest):

@@ -395,3 +395,25 @@ async def test_a_blob_that_is_on_disk_without_a_row_is_used_or_written_again(sto
     assert await stores.database.content.read("ns", digest) == data
     await stores.database.gc.collect()
     assert not path.exists()
+
+
+async def test_p16_a_blob_that_is_collected_while_a_lease_takes_it_is_written_again(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"about to go"
+    digest = await stores.blob("ns", data)
+    lease = await stores.database.leases.create("ns", "l")
+    loop, look = asyncio.get_running_loop(), stores.local.info
+
+    def collected(wanted: str) -> object:
+        gone = stores.engine.write(lambda tx: tx.execute("DELETE FROM blobs"))
+        asyncio.run_coroutine_threadsafe(gone, loop).result(10)
+        return look(wanted)
+
+    monkeypatch.setattr(stores.local, "info", collected)
+    writer = await stores.database.content.writer("ns", "again", size=len(data), expected=digest, lease=lease.id)
+    monkeypatch.undo()
+    if not writer.shared:
+        await writer.write(data)
+    assert await writer.commit() == digest
+    assert await stores.database.content.read("ns", digest) == data
