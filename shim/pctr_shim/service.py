@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 
@@ -28,12 +27,11 @@ from pctr_shim.stdio import StreamAddresses
 from pctr_shim.values import any_of, timestamp, type_name
 from supervisord_ctr import aio, errors
 from supervisord_ctr.aio import TaskOwner
-from supervisord_ctr.api.cgroups.v1 import metrics_pb2 as metrics_v1
-from supervisord_ctr.api.cgroups.v2 import metrics_pb2 as metrics_v2
 from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.types.task import task_pb2 as types
+from supervisord_ctr.linux import cgroup_messages
 from supervisord_ctr.model import Exit, Mount
 from supervisord_ctr.names import check_identifier
 from supervisord_ctr.ttrpc.server import Context, Method
@@ -300,9 +298,7 @@ class TaskService:
         group = self.find(request.id).init.cgroup
         if group is None or not group.exists():
             raise errors.NotFound(f"cgroup of container {request.id} does not exist", kind="cgroup", key=request.id)
-        fields: dict[str, Any] = group.metrics()
-        stats: AnyMessage = any_of(metrics_v2.Metrics(**fields) if group.is_v2 else metrics_v1.Metrics(**fields))
-        return api.StatsResponse(stats=stats)
+        return api.StatsResponse(stats=any_of(cgroup_messages.metrics(group)))
 
     async def connect(self, request: api.ConnectRequest, context: Context) -> api.ConnectResponse:
         """Who we are; as `state`, for a daemon that begins with this."""

@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -30,12 +29,10 @@ from pctr_shim.private import SERVICE as PRIVATE
 from pctr_shim.service import SERVICES
 from pctr_shim.signals import Signals
 from supervisord_ctr import errors, faults
-from supervisord_ctr.api.cgroups.v1 import metrics_pb2 as metrics_v1
-from supervisord_ctr.api.cgroups.v2 import metrics_pb2 as metrics_v2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forward_pb2
 from supervisord_ctr.api.shim.v1 import shim_pb2
-from supervisord_ctr.linux import cgroups, memory, processes
+from supervisord_ctr.linux import cgroup_messages, cgroups, memory, processes
 from supervisord_ctr.ttrpc.client import Client
 from supervisord_ctr.ttrpc.server import Context, Method, Server, listen
 
@@ -220,8 +217,4 @@ async def _calls(client: Client, folder: str, name: str) -> None:
         with contextlib.suppress(errors.Error):
             await client.call(task, method, request, response, timeout=5)
     await client.call(PRIVATE, "Info", shim_pb2.InfoRequest(), shim_pb2.InfoResponse, timeout=5)
-    fields: dict[str, Any] = cgroups.of_pid(os.getpid()).metrics()
-    if cgroups.hierarchy().mode == "v2":
-        metrics_v2.Metrics(**fields).SerializeToString()
-    else:
-        metrics_v1.Metrics(**fields).SerializeToString()
+    cgroup_messages.metrics(cgroups.of_pid(os.getpid())).SerializeToString()
