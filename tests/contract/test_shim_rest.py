@@ -52,6 +52,11 @@ def private_memory(pid: int) -> int:
     return int(re.findall(r"Private_Dirty: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[0])
 
 
+def init_pid(lab: Lab, name: str) -> int:
+    """Pid of a container's first process, without asking the shim."""
+    return int(json.loads((lab.folder / "runc" / lab.namespace / name / "state.json").read_text())["init_process_pid"])
+
+
 async def worker_of(shim: Shim) -> int:
     """The shim's worker, as soon as it has one."""
     await wait_until(lambda: len(workers(shim.pid)) == 1, PATIENCE, "a worker")
@@ -324,8 +329,7 @@ async def test_p5_neither_a_daemon_that_goes_nor_sigterm_ends_a_shim_at_rest(lab
     await asyncio.sleep(REST)  # noqa: TID251  nothing must happen
     assert workers(shim.pid) == []
     assert "woken" not in (lab.folder / "c.log").read_text()
-    pid = json.loads((lab.folder / "runc" / lab.namespace / "c" / "state.json").read_text())["init_process_pid"]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(init_pid(lab, "c"), signal.SIGKILL)
     await wait_until((lab.folder / "b" / "c" / "exit.json").exists, PATIENCE, "the exit record")
     await lab.serve_events()
     assert await lab.wait_topics(lambda topics: "exit" in topics, "c") == ["create", "start", "exit"]
@@ -336,8 +340,7 @@ async def test_p5_events_wait_with_a_shim_at_rest_for_the_next_daemon(lab: Lab) 
     await rested(shim)
     await shim.client.close()
     await lab.stop_events()
-    pid = json.loads((lab.folder / "runc" / lab.namespace / "c" / "state.json").read_text())["init_process_pid"]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(init_pid(lab, "c"), signal.SIGKILL)
     await wait_until((lab.folder / "b" / "c" / "exit.json").exists, PATIENCE, "the exit record")
     await rested(shim)
     assert lab.topics("c") == ["create", "start"]

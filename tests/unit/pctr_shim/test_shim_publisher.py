@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
 from pctr_shim import publisher
 from pctr_shim.config import ShimConfig
 from pctr_shim.reaper import Reaper
+from pctr_shim.service import TaskService
 
+from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.api.events import events_pb2
 from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forward_pb2
@@ -109,6 +113,41 @@ async def test_a_daemon_of_ours_that_is_gone_is_awaited_and_not_tried(
     await wait_until(lambda: len(next_worker) == 0, 60, "all events to be taken")
     assert daemon.calls == [["a", "b"]]
     await next_worker.close()
+
+
+async def test_a_daemon_that_shows_up_while_a_try_fails_is_not_overlooked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(publisher, "_LONGEST_RETRY", 0.01)
+    sender = publisher.Publisher(ShimConfig(events=str(tmp_path / "e"), batches=True), Reaper())
+    tries = 0
+
+    async def connect(target: str) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            sender.nudge()
+        raise errors.Unavailable("nobody") from FileNotFoundError()
+
+    monkeypatch.setattr(publisher.Client, "connect", connect)
+    sender.start()
+    sender.publish("/tasks/oom", events_pb2.TaskOOM(container_id="a"))
+    await wait_until(lambda: not sender.busy, 60, "it to wait")
+    await wait_until(lambda: tries == 2, 60, "a second try")
+    await sender.close(0)
+
+
+@pytest.mark.parametrize("method", ["State", "Connect"])
+async def test_who_asks_a_shim_how_it_is_takes_its_events(tmp_path: Path, method: str) -> None:
+    config = ShimConfig(events=str(tmp_path / "e"), batches=True)
+    sender = publisher.Publisher(config, Reaper())
+    asked: list[str] = []
+    sender.nudge = lambda: asked.append(method)  # type: ignore[method-assign]
+    found = TaskService(config, Reaper(), sender, lambda: None).methods()[method]
+    with contextlib.suppress(errors.NotFound):
+        await found.handler(found.request(id="c"), cast("Context", None))
+    assert asked == [method]
 
 
 async def test_a_foreign_daemon_that_is_gone_is_tried_on(
