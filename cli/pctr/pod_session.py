@@ -62,8 +62,10 @@ async def _session(url: str, *, stdin: bool, tty: bool, detachable: bool) -> int
     left = asyncio.Event()
     try:
         if tty:
+            changed = asyncio.Event()  # listened for before the size is read: a change in between is not lost
+            asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, changed.set)
             await _send_size(command)  # before any input: what is typed ahead meets a terminal of the right size
-            owner.start(_send_sizes(command), "resize")
+            owner.start(_send_sizes(command, changed), "resize")
         if command.stdin is not None:
             owner.start(_send_input(command.stdin, DetachKeys() if detachable else None, left), "stdin")
         outputs = [
@@ -152,9 +154,7 @@ async def _send_size(command: client.Command) -> None:
         await command.send_resize(width, height)
 
 
-async def _send_sizes(command: client.Command) -> None:
-    changed = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, changed.set)
+async def _send_sizes(command: client.Command, changed: asyncio.Event) -> None:
     while True:
         await changed.wait()
         changed.clear()

@@ -38,6 +38,18 @@ except Error as error:
     print(error, file=sys.stderr)
     sys.exit(99)
 """
+# The window changes after the first size was read and before anything else of the session happens.
+_RESIZED_WHILE_SENDING = """
+import os, signal, termios
+from supervisord_ctr.streaming.client import Command
+send_resize = Command.send_resize
+async def resized(self, width, height):
+    await send_resize(self, width, height)
+    if (width, height) == (101, 33):
+        termios.tcsetwinsize(0, (44, 120))
+        os.kill(os.getpid(), signal.SIGWINCH)
+Command.send_resize = resized
+"""
 _FORWARD = """
 import sys
 from pctr.pod_session import run_forward
@@ -99,12 +111,14 @@ async def test_exec_ends_when_nobody_reads_its_output(server: StreamingServer, b
 
 
 @contextlib.asynccontextmanager
-async def on_terminal(url: str, flags: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, int, int]]:
+async def on_terminal(
+    url: str, flags: str, code: str = _SESSION
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, int, int]]:
     """The program with a terminal of its own: (process, our side, its side)."""
     master, slave = pty.openpty()
     try:
         termios.tcsetwinsize(slave, (33, 101))
-        async with program(_SESSION, url, flags, stdin=slave, stdout=slave, stderr=slave) as process:
+        async with program(code, url, flags, stdin=slave, stdout=slave, stderr=slave) as process:
             yield process, master, slave
     finally:
         os.close(master)
@@ -128,6 +142,15 @@ async def test_terminal_is_raw_inside_tells_its_size_and_is_put_back(
         assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
         assert backend.sizes == [(101, 33), (120, 44)]
         assert termios.tcgetattr(slave) == before
+
+
+async def test_a_size_that_changes_while_the_first_is_sent_is_sent_too(
+    server: StreamingServer, backend: ScriptedBackend
+) -> None:
+    url = server.exec_url(ExecParams("c", ("size", "2"), tty=True, stdin=True, stdout=True))
+    async with on_terminal(url, "it", _RESIZED_WHILE_SENDING + _SESSION) as (process, _, _):
+        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+        assert backend.sizes == [(101, 33), (120, 44)]
 
 
 async def test_terminal_is_put_back_when_the_connection_is_lost(
