@@ -54,8 +54,9 @@ class Foreground:
     """Joins one process to our own streams until it exits.
 
     Open the streams before the process is created, call `start` when it may be started, then
-    `relay`. Clear `proxy_signals` to leave signals alone, and `owns_process` when somebody else's
-    process is only joined: it is then never killed, whatever happens to us.
+    `relay`. Clear `proxy_signals` to forward no signals (a terminal's size is still followed), and
+    `owns_process` when somebody else's process is only joined: it is then never killed, whatever
+    happens to us.
     """
 
     def __init__(self, client: Client, container: str, exec_id: str = "", *, has_terminal: bool) -> None:
@@ -135,7 +136,8 @@ class Foreground:
 
     def relay(self, start: Callable[[], None]) -> int:
         """Call `start`, then copy until the process has exited and its output has come; the exit status."""
-        numbers = (*_FORWARDED, signal.SIGWINCH) if self._terminal else _FORWARDED
+        forwarded = _FORWARDED if self.proxy_signals else ()
+        numbers = (*forwarded, signal.SIGWINCH) if self._terminal else forwarded
         with contextlib.ExitStack() as stack:
             if self._terminal:
                 from pctr import terminal
@@ -143,7 +145,7 @@ class Foreground:
                 stack.enter_context(terminal.raw(0))
                 self._sizes = terminal.SizeRelay(self._resize)
             start()
-            signals = stack.enter_context(caught_signals(*numbers)) if self.proxy_signals else -1
+            signals = stack.enter_context(caught_signals(*numbers)) if numbers else -1
             if self._sizes is not None:
                 self._sizes.changed()
             return self._loop(signals)

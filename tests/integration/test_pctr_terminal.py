@@ -97,9 +97,10 @@ def name() -> str:
     return f"c{secrets.token_hex(4)}"
 
 
-def test_the_terminal_has_our_size_and_follows_it(target: Target, name: str) -> None:
+@pytest.mark.parametrize("options", [(), ("--no-sig-proxy",)])
+def test_the_terminal_has_our_size_and_follows_it(target: Target, name: str, options: tuple[str, ...]) -> None:
     script = "stty size; echo begin; read line; stty size; echo line=$line; exit 5"
-    terminal = Terminal(target, "run", "--rm", "-t", target.image, name, "sh", "-c", script)
+    terminal = Terminal(target, "run", "--rm", "-t", *options, target.image, name, "sh", "-c", script)
     try:
         terminal.wait_for(b"begin")
         assert b"43 101" in terminal.output
