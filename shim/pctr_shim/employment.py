@@ -119,7 +119,7 @@ class Employment:
         left = rest.read(post)
         request = left["request"]
         self.shim.become(_configure(request, post.pid))
-        await rest.resume(self.shim, left, post.descriptors)
+        await rest.resume(self.shim, post, left)
         patience = rest.next_patience(left["patience"], self.patience, time.monotonic() - left["since"])
         rest.Rest(self.loop, self.shim, post, request, patience).begin()
         await self.shim.until_stopped()

@@ -11,7 +11,8 @@ shim of the zygote consists of two processes:
 
 They talk over a `socketpair(AF_UNIX, SOCK_SEQPACKET)`; the first byte of a packet says what it is.
 
-    from the worker   S serial     the number of the request that it is about to answer
+    from the worker   U            it has taken up what the worker before it left: the keeper lets go of that
+                      S serial     the number of the request that it is about to answer
                       T words      it has answered; what ps shall show of the keeper, separated by zero bytes, and with
                                    it the log and the folder to be in
                       A            the exit is heard of: its process may be reaped; the worker waits for G
@@ -28,7 +29,9 @@ A process that has ended stays until the worker has heard of it: nobody else can
 signal it, and what a worker did not get to hear is told to the next one. It is gone before anybody else is told.
 
 The worker ends with the keeper. When a worker ends without having handed over, so does the keeper: a shim dies as one;
-and when that was before it had answered its request, the keeper does so.
+and when that was before it had answered its request, the keeper does so. A worker that ends before it has taken up what
+was left has done nothing yet, so others follow it, later and later: there may be no memory, or too many open files,
+and containers must not die of that.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ _PACKET = 1024
 #: Descriptors that one packet carries: the kernel takes 253 (unix(7), SCM_MAX_FD).
 MOST_DESCRIPTORS = 200
 _RETRY = 0.1
+#: So many workers in a row may fail to take up what was left; each waits twice as long as the one before it.
+_TRIES = 7
 # Plain integers, and a socket as the C library has it: enumerations and their like are objects all over the memory.
 _POLLIN, _SIGTERM, _PEEK = int(select.POLLIN), int(signal.SIGTERM), os.WEXITED | os.WNOHANG | os.WNOWAIT
 _AF_UNIX, _SOCK_SEQPACKET = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -83,6 +88,10 @@ class Post:
         """Tell the keeper which request is being answered."""
         self.keeper.send(b"S%d" % serial)
 
+    def taken_up(self) -> None:
+        """Tell the keeper that it may let go of what the worker before this one left."""
+        self.keeper.send(b"U")
+
     def introduce(self, *words: str) -> None:
         """Tell the keeper that the request is answered, and what it is the keeper of; log and folder are ours."""
         opened = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -104,6 +113,7 @@ class Keeper:
         self._kept: list[int] = []
         self._marks = b""
         self._description = -1
+        self._failed = 0
         self._daemon = -1
         self._serial = b""
         self._orderly = False
@@ -121,32 +131,36 @@ class Keeper:
             post = self._fork()
             if post is not None:
                 return post
-            if not self._attend():
+            if not self._attend() or self._failed == _TRIES:
                 os._exit(int(not self._orderly))
-            self._rest()
+            if self._failed:
+                time.sleep(_RETRY * (1 << (self._failed - 1)))  # noqa: TID251  nothing tells when there is room again
+            else:
+                self._rest()
 
     def rehearse(self, worker: Callable[[Post], None]) -> None:
-        """Go once through all of it, in the zygote: what running leaves in memory is then there before the forks.
+        """Go through all of it with two workers, in the zygote: what running leaves in memory, forks share.
 
-        `worker` is called in a child and has to hand over something that can be read, and to introduce.
+        `worker` is called in a child and has to take up, to introduce, and to hand over something that can be read.
         """
         self._signals.renew()
         self._daemon, self._pid = os.dup(2), os.getpid()
-        post = self._fork()
-        if post is not None:
-            try:
-                worker(post)
-            finally:
-                os._exit(1)
-        if self._attend():
-            self._rest()
-        for fd in (*self._kept, self._description, self._daemon):
-            if fd >= 0:
-                os.close(fd)
-        self._kept, self._marks, self._description, self._daemon = [], b"", -1, -1
+        for _ in range(2):
+            post = self._fork()
+            if post is not None:
+                try:
+                    worker(post)
+                finally:
+                    os._exit(1)
+            if self._attend():
+                self._rest()
+        self._let_go()
+        if self._daemon >= 0:
+            os.close(self._daemon)
+            self._daemon = -1
 
     def _fork(self) -> Post | None:
-        """A worker; in it, its post. What the worker has now is closed here."""
+        """A worker; in it, its post. What the worker before it left is kept here until it says that it has that."""
         while True:
             try:
                 ours, theirs = socketpair()
@@ -164,16 +178,23 @@ class Keeper:
             return Post(self._pid, socket.socket(fileno=theirs.detach()), self._description, kept)
         theirs.close()
         self._worker, self._control, self._told = pid, ours, 0
+        if self._description < 0:
+            self._let_go()
+        else:
+            self._failed += 1  # until it says otherwise
+        return None
+
+    def _let_go(self) -> None:
+        """The worker has all this."""
         for fd in (*self._kept, self._description):
             if fd >= 0:
                 os.close(fd)
-        self._kept, self._marks, self._description = [], b"", -1
-        return None
+        self._kept, self._marks, self._description, self._failed = [], b"", -1, 0
 
     # While a worker works
 
     def _attend(self) -> bool:
-        """Serve the worker until it has ended; whether it had handed over."""
+        """Serve the worker until it has ended; whether the keeper has what the next one needs."""
         poll = select.poll()
         control = self._control.fileno()
         poll.register(control, _POLLIN)
@@ -207,6 +228,8 @@ class Keeper:
             self._marks += packet[1:]
         elif kind == b"R":
             self._keep(descriptors)
+        elif kind == b"U":
+            self._let_go()
         elif kind == b"S":
             self._serial = packet[1:]
         elif kind == b"T":

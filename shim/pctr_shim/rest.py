@@ -18,7 +18,7 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BufferedRandom
 from typing import Any
 
@@ -30,6 +30,7 @@ from supervisord_ctr import faults
 log = logging.getLogger(__name__)
 
 WOKEN = faults.declare("shim.rest.woken", "a new worker runs and has taken up nothing yet")
+TAKEN_UP = faults.declare("shim.rest.taken-up", "a new worker has taken up all tasks; the keeper does not know")
 RESUMED = faults.declare("shim.rest.resumed", "a new worker has taken up everything and answered nobody")
 
 #: A shim that is woken again within this time (seconds) waits twice as long the next time, up to `_LONGEST`.
@@ -132,18 +133,24 @@ def next_patience(patience: float, first: float, rested: float) -> float:
     return min(max(patience, first) * 2, _LONGEST) if rested < _SHORT else first
 
 
-async def resume(shim: Shim, left: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-    """Go on with what was left; the shim has its configuration."""
-    belongings = Belongings(descriptors)
-    for number in left["listeners"]:
-        await shim.server.serve(socket.socket(fileno=belongings.take(number)))
+async def resume(shim: Shim, post: keeper.Post, left: Mapping[str, Any]) -> None:
+    """Go on with what was left; the shim has its configuration.
+
+    Until the keeper is told, nothing is read, written or answered, and the loop does not run: another worker can do
+    the same again.
+    """
+    belongings = Belongings(post.descriptors)
     shim.publisher.take_up(left["events"])
     shim.tasks.take_up(left["tasks"], belongings)
+    faults.point(TAKEN_UP)
+    post.taken_up()
+    for number in left["listeners"]:
+        await shim.server.serve(socket.socket(fileno=belongings.take(number)))
     for number, requests in left["connections"]:
         if (fd := belongings.take(number)) < 0:
             continue  # its client has gone
         connection = socket.socket(fileno=fd)
         with contextlib.suppress(OSError):  # it has ended meanwhile
             await shim.server.take_over(connection, [(stream, bytes.fromhex(data)) for stream, data in requests])
-    log.debug("woken, with %d descriptors", len(descriptors))
+    log.debug("woken, with %d descriptors", len(post.descriptors))
     faults.point(RESUMED)

@@ -117,8 +117,11 @@ def _keep(signals: Signals, ran: set[CodeType] | None = None) -> None:
     os.write(writer, b"!")
 
     def work(post: keeper.Post) -> None:
-        post.begin(1)
-        post.introduce("warm", "-id", "warm")
+        if post.description < 0:
+            post.begin(1)
+            post.introduce("warm", "-id", "warm")
+        else:
+            post.taken_up()
         with open(os.path.join("/proc/self/stat"), "rb") as description:
             keeper.hand_over(post, [(reader, keeper.WATCH), (2, keeper.KEEP)], description.fileno())
         os._exit(0)

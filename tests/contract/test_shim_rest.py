@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.empty_pb2 import Empty
 from pctr_shim.keeper import HANDING
-from pctr_shim.rest import next_patience
+from pctr_shim.rest import TAKEN_UP, WOKEN, next_patience
 
 from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
@@ -459,6 +459,42 @@ async def test_what_a_shim_was_started_with_may_be_gone_when_it_is_woken(lab: La
     assert await shim.wait("c", "e") == 0
     await shim.delete("c", "e")
     await lab.finish(shim, "c")
+
+
+@pytest.mark.parametrize("point", [WOKEN, TAKEN_UP])
+async def test_p5_a_worker_that_dies_while_it_takes_up_is_followed_by_another(point: str) -> None:
+    """It has done nothing yet: no reason for a container to end, nor for a client to lose its connection."""
+    zygote = Zygote({"PCTR_FAULTS": f"{point}=sleep:0.5"}, rest=REST)
+    try:
+        async with laboratory("zygote", zygote) as lab:
+            log = lab.folder / "0.log"
+            shim = await lab.run("c", ["sh", "-c", "read x; echo got $x; exit 6"], stdin="attach://",
+                                 stdout=f"cri-log://{log}", stderr=f"cri-log://{log}")
+            waiting = asyncio.ensure_future(shim.wait("c"))
+            await rested(shim)
+            descriptors = sorted(os.listdir(f"/proc/{shim.pid}/fd"))
+            asked = asyncio.ensure_future(shim.state("c"))
+            killed = set[int]()
+            for _ in range(3):
+                worker = await worker_of(shim)
+                assert not asked.done()
+                assert worker not in killed
+                os.kill(worker, signal.SIGKILL)
+                killed.add(worker)
+                await wait_until(lambda: workers(shim.pid) != [worker], PATIENCE, "the worker's end")  # noqa: B023
+            assert (await asked).status == types.Status.RUNNING
+            await rested(shim)
+            assert sorted(os.listdir(f"/proc/{shim.pid}/fd")) == descriptors
+            client = await AttachedClient.connect(lab.folder / "b" / "c", id="c", stdin=True)
+            assert await client.frame() == (3, b'{"attached": true}')
+            client.send(0, b"it\n")
+            assert await waiting == 6
+            await client.close()
+            assert parse_log(log) == [(b"stdout", b"F", b"got it")]
+            await shim.delete("c")
+            await shim.shutdown("c")
+    finally:
+        zygote.close()
 
 
 async def test_a_shim_dies_as_one(lab: Lab) -> None:
