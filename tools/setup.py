@@ -34,6 +34,8 @@ TEST = {
     "skopeo": "skopeo",
     "umoci": "umoci",
     "iptables": "iptables",
+    "nft": "nftables",
+    "apparmor_parser": "apparmor",
     "mkfs.ext4": "e2fsprogs",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "criu": "criu",
