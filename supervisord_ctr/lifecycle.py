@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -48,27 +49,37 @@ def make_empty_folder(path: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _resident() -> int:
-    """Bytes of memory that the process holds (proc(5), statm)."""
+def _memory() -> tuple[int, int]:
+    """Bytes of memory that are the process's own, and bytes of files that it has mapped (proc(5), statm)."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        resident, files = (int(word) * os.sysconf("SC_PAGE_SIZE") for word in file.read().split()[1:3])
+    return resident - files, files
 
 
 @contextlib.asynccontextmanager
-async def slim(period: float = 15.0, most: int = 8 << 20) -> AsyncIterator[None]:
-    """Give the heap's free memory back after bursts: looked at every `period` seconds, when `most` bytes came on."""
-    owner = TaskOwner("heap")
+async def slim(period: float = 5.0, most: int = 4 << 20, busy: float = 0.02) -> AsyncIterator[None]:
+    """Give back what bursts leave: free memory of the heap, and the pages of programs that only they needed.
 
-    async def look(before: int) -> None:
+    Looked at every `period` seconds, when `most` bytes of a kind came on; at programs only when the process used
+    less than `busy` of a processor since the last time.
+    """
+    owner = TaskOwner("slim")
+
+    async def look(own: int, files: int) -> None:
+        used = time.process_time()
         while True:
             await asyncio.sleep(period)
-            if _resident() > before + most and heap.free_bytes() > most:
+            before, used = used, time.process_time()
+            now_own, now_files = _memory()
+            if now_own > own + most and heap.free_bytes() > most:
                 await asyncio.to_thread(heap.give_back)
-                before = _resident()
-            else:
-                before = min(before, _resident())
+                now_own = own = _memory()[0]
+            if now_files > files + most and used - before < busy * period:
+                await asyncio.to_thread(heap.forget_text)
+                now_files = files = _memory()[1]
+            own, files = min(own, now_own), min(files, now_files)
 
-    owner.start(look(_resident()), "give back")
+    owner.start(look(*_memory()), "look")
     try:
         yield
     finally:

@@ -71,29 +71,60 @@ def test_p5_what_a_killed_daemon_left_in_its_scratch_folder_goes(tmp_path: Path)
     assert tmp_path.is_dir()
 
 
-async def test_memory_that_a_burst_left_free_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    resident, free, looks, given = [50 << 20], [0], [0], [0]
+class Burst:
+    """Memory as `slim` sees it: bytes of the process's own, of files, free on its heap; what it gave back."""
 
-    def look() -> int:
-        looks[0] += 1
-        return resident[0]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.own = self.files = 50 << 20
+        self.free = self.looks = self.given = self.forgotten = 0
+        monkeypatch.setattr(lifecycle, "_memory", self._look)
+        monkeypatch.setattr(heap, "free_bytes", lambda: self.free)
+        monkeypatch.setattr(heap, "give_back", self._give_back)
+        monkeypatch.setattr(heap, "forget_text", self._forget_text)
 
-    def give_back() -> bool:
-        resident[0] = 50 << 20
-        given[0] += 1
+    def _look(self) -> tuple[int, int]:
+        self.looks += 1
+        return self.own, self.files
+
+    def _give_back(self) -> bool:
+        self.own = 50 << 20
+        self.given += 1
         return True
 
-    async def several_looks() -> None:
-        before = looks[0]
-        await wait_until(lambda: looks[0] > before + 10, 30, "several looks")
+    def _forget_text(self) -> int:
+        self.files = 50 << 20
+        self.forgotten += 1
+        return 1 << 20
 
-    monkeypatch.setattr(lifecycle, "_resident", look)
-    monkeypatch.setattr(heap, "free_bytes", lambda: free[0])
-    monkeypatch.setattr(heap, "give_back", give_back)
+    async def several_looks(self) -> None:
+        before = self.looks
+        await wait_until(lambda: self.looks > before + 10, 30, "several looks")
+
+
+async def test_memory_that_a_burst_left_free_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    burst = Burst(monkeypatch)
     async with lifecycle.slim(period=0.001):
-        resident[0] = 90 << 20  # in use: nothing to give back
-        await several_looks()
-        assert given == [0]
-        free[0] = 40 << 20
-        await several_looks()
-        assert given == [1]  # free blocks stay free blocks; only new pages are worth another time
+        burst.own = 90 << 20  # in use: nothing to give back
+        await burst.several_looks()
+        assert burst.given == 0
+        burst.free = 40 << 20
+        await burst.several_looks()
+        assert burst.given == 1  # free blocks stay free blocks; only new pages are worth another time
+        assert burst.forgotten == 0
+
+
+async def test_programs_that_only_a_burst_needed_are_forgotten_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    burst, used = Burst(monkeypatch), 0.0
+    monkeypatch.setattr("supervisord_ctr.lifecycle.time.process_time", lambda: used)
+    async with lifecycle.slim(period=0.001, busy=0.5):
+        burst.files = 60 << 20
+        before = burst.looks
+        while burst.looks < before + 10:  # at work all the time
+            used += 0.01
+            await asyncio.sleep(0)
+        assert burst.forgotten == 0
+        await burst.several_looks()
+        assert burst.forgotten == 1
+        burst.files = 53 << 20  # what idling needs again is not worth it
+        await burst.several_looks()
+        assert (burst.forgotten, burst.given) == (1, 0)
