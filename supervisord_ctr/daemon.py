@@ -53,7 +53,6 @@ from supervisord_ctr.images.http import Http, Timeouts
 from supervisord_ctr.images.pull import Puller
 from supervisord_ctr.images.push import Pusher
 from supervisord_ctr.lifecycle import Notifier, exclusive, make_empty_folder, make_private_folder, slim, stop_signals
-from supervisord_ctr.linux import heap
 from supervisord_ctr.linux.mounts import supports_idmap
 from supervisord_ctr.metadata import Database, Engine, GcOptions
 from supervisord_ctr.model import Platform
@@ -130,7 +129,6 @@ class Daemon:
             self._address.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(exclusive(self._root))
             stack.enter_context(stop_signals(self._stop))
-            await stack.enter_async_context(slim())
             server = await self._build(stack)
             await server.start()
             stack.push_async_callback(server.stop, STOP_GRACE)
@@ -138,7 +136,7 @@ class Daemon:
             gc.collect()
             gc.freeze()
             gc.set_threshold(20_000, 50, 100)
-            heap.forget_text()
+            await stack.enter_async_context(slim())
             notifier.ready(self._address)
             log.info("supervisord-ctr %s ready", __version__, extra={
                 "address": str(self._address), "root": str(self._root), "seconds": f"{time.monotonic() - started:.3f}"})

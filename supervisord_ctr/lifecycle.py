@@ -60,8 +60,8 @@ def _memory() -> tuple[int, int]:
 async def slim(period: float = 5.0, most: int = 4 << 20, busy: float = 0.02) -> AsyncIterator[None]:
     """Give back what bursts leave: free memory of the heap, and the pages of programs that only they needed.
 
-    Looked at every `period` seconds, when `most` bytes of a kind came on; at programs only when the process used
-    less than `busy` of a processor since the last time.
+    Starting is the first burst: enter when all has started. Looked at every `period` seconds, when `most` bytes of a
+    kind came on; at programs only when the process used less than `busy` of a processor since the last time.
     """
     owner = TaskOwner("slim")
 
@@ -79,6 +79,7 @@ async def slim(period: float = 5.0, most: int = 4 << 20, busy: float = 0.02) -> 
                 now_files = files = _memory()[1]
             own, files = min(own, now_own), min(files, now_files)
 
+    heap.forget_text()
     owner.start(look(*_memory()), "look")
     try:
         yield
