@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from pathlib import Path
 
 _MARK = ".tmp-"
@@ -26,7 +25,7 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 def write_atomic(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o600, sync: bool = True) -> None:
     """Replace the file at `path` by `data`; with `sync` file and folder are on disk on return."""
     target = Path(path)
-    temporary = target.with_name(f"{target.name}{_MARK}{secrets.token_hex(4)}")
+    temporary = target.with_name(f"{target.name}{_MARK}{os.urandom(4).hex()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         try:

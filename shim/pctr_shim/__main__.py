@@ -30,12 +30,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pctr_shim import lean as lean
+
 if TYPE_CHECKING:
     from supervisord_ctr.api.runc.v1.options_pb2 import Options
     from supervisord_ctr.api.runtime.bootstrap.v1.bootstrap_pb2 import BootstrapParams
-
-# An interpreter started for one container has no use for TLS: asyncio does without it when it is absent.
-sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
 
 DEFAULT_SOCKETS = "/run/containerd/s"
 _GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 
 from pctr_shim.attach import listen_below
@@ -22,7 +21,7 @@ class ConsoleSocket:
     """Context manager: `path` is for `--console-socket`, `receive` gives the terminal's descriptor."""
 
     def __init__(self, bundle: str) -> None:
-        self._name = f"pty-{secrets.token_hex(4)}.sock"
+        self._name = f"pty-{os.urandom(4).hex()}.sock"
         self._bundle = bundle
         self._listener = listen_below(bundle, self._name, 1)
         self._folder = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

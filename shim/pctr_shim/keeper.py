@@ -43,12 +43,14 @@ import signal
 import socket
 import struct
 import time
+from _socket import socketpair as _socketpair
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pctr_shim.signals import Signals
 from supervisord_ctr import faults
-from supervisord_ctr.linux import libc, processes
+from supervisord_ctr.linux.libc import fork
+from supervisord_ctr.linux.processes import set_child_subreaper, set_name, set_parent_death_signal, write_title
 
 HANDING = faults.declare("shim.rest.handing-over", "descriptors are with the keeper; the description is not")
 
@@ -57,13 +59,16 @@ WORKER_NAME = "pctr-worker"
 SPARE_NAME = "pctr-spare"
 WATCH, CONNECTION, KEEP = b"wck"
 EXIT = struct.Struct("<cii")
+_DESCRIPTOR = struct.Struct("i")
 _PACKET = 1024
 #: Descriptors that one packet carries: the kernel takes 253 (unix(7), SCM_MAX_FD).
 MOST_DESCRIPTORS = 200
 _RETRY = 0.1
 #: So many workers in a row may fail to take up what was left; each waits twice as long as the one before it.
 _TRIES = 7
-# Plain integers, and a socket as the C library has it: enumerations and their like are objects all over the memory.
+# What the keeper looks at, it writes a reference count into, and that page is then its own. So: plain integers and a
+# socket as the C library has it, where enumerations and their like are objects all over the memory; functions by their
+# own names, without the modules'; and few kinds of objects, no zip, enumerate or memoryview.
 _POLLIN, _SIGTERM, _PEEK = int(select.POLLIN), int(signal.SIGTERM), os.WEXITED | os.WNOHANG | os.WNOWAIT
 _AF_UNIX, _SOCK_SEQPACKET = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
 _POLLHUP, _LOOKING = int(select.POLLHUP), int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -121,11 +126,11 @@ class Keeper:
     def become(self, daemon: int, work: int) -> Post:
         """Be the keeper. `daemon` is where replies go; on `work`, unless it is -1, a spare waits for its request."""
         os.setsid()
-        processes.set_child_subreaper()
+        set_child_subreaper()
         self._signals.renew()
         self._daemon = daemon
         if work >= 0:
-            self._kept.append(work)
+            self._kept = [work]
             show_spare()
         while True:
             post = self._fork()
@@ -164,16 +169,16 @@ class Keeper:
         while True:
             try:
                 ours, theirs = socketpair()
-                pid = libc.fork()
+                pid = fork()
                 break
             except OSError:  # as many processes or as much memory as there may be: containers must not die of that
                 time.sleep(_RETRY)  # noqa: TID251  nothing tells when there is room again
         if pid == 0:
             ours.close()
-            processes.set_parent_death_signal(signal.SIGKILL)
+            set_parent_death_signal(signal.SIGKILL)
             if os.getppid() != self._pid:
                 os._exit(1)
-            processes.set_name(WORKER_NAME)
+            set_name(WORKER_NAME)
             kept = self._kept if self._description >= 0 else ()
             return Post(self._pid, socket.socket(fileno=theirs.detach()), self._description, kept)
         theirs.close()
@@ -218,7 +223,10 @@ class Keeper:
         except ConnectionError:
             packet, ancillary = b"", []
         kind = packet[:1]
-        descriptors = memoryview(ancillary[0][2]).cast("i").tolist() if ancillary else []
+        descriptors: list[int] = []
+        if ancillary:
+            for found in _DESCRIPTOR.iter_unpack(ancillary[0][2]):
+                descriptors += found
         if kind == b"A" and self._told:
             os.waitpid(self._told, 0)
             self._told = 0
@@ -252,8 +260,8 @@ class Keeper:
     def _introduce(self, words: bytes, log: int, folder: int) -> None:
         os.close(self._daemon)
         self._daemon = -1
-        processes.set_name(SHIM_NAME)
-        processes.write_title(words)
+        set_name(SHIM_NAME)
+        write_title(words)
         null = os.open("/dev/null", _NULL)
         for fd, number in ((null, 0), (null, 1), (log, 2)):
             os.dup2(fd, number)
@@ -296,9 +304,11 @@ class Keeper:
         """Return when there is something to do."""
         poll = select.poll()
         poll.register(self._signals.reader, _POLLIN)
-        for fd, mark in zip(self._kept, self._marks, strict=True):
-            if mark != KEEP:
+        place = 0
+        for fd in self._kept:
+            if self._marks[place] != KEEP:
                 poll.register(fd, _POLLIN)
+            place += 1  # noqa: SIM113  see above
         while _first_ended() is None:
             fd, events = poll.poll()[0]
             if fd == self._signals.reader:
@@ -328,13 +338,13 @@ class Keeper:
 
 def socketpair() -> tuple[_socket.socket, _socket.socket]:
     """Two ends that carry packets."""
-    return _socket.socketpair(_AF_UNIX, _SOCK_SEQPACKET)
+    return _socketpair(_AF_UNIX, _SOCK_SEQPACKET)
 
 
 def show_spare() -> None:
     """Have ps show that this is a shim without work."""
-    processes.set_name(SPARE_NAME)
-    processes.write_title(b"containerd-shim-pctr-v1\0(spare)")
+    set_name(SPARE_NAME)
+    write_title(b"containerd-shim-pctr-v1\0(spare)")
 
 
 def _first_ended() -> tuple[int, int] | None:
@@ -352,7 +362,7 @@ def _first_ended() -> tuple[int, int] | None:
 
 #: What of a keeper `rehearse` does not run.
 BEFORE_REHEARSAL = frozenset(
-    function.__code__ for function in (Keeper.become, processes.set_child_subreaper, show_spare)
+    function.__code__ for function in (Keeper.become, set_child_subreaper, show_spare)
 )
 
 

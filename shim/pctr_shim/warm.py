@@ -16,7 +16,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from types import CodeType
 
@@ -91,7 +90,8 @@ def _of_keepers() -> frozenset[CodeType]:
 
 def _rounds(number: int) -> None:
     try:
-        folder = tempfile.mkdtemp(prefix="pctr-warm-")
+        folder = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"pctr-warm-{os.urandom(8).hex()}")
+        os.mkdir(folder, 0o700)
     except OSError as error:
         log.warning("shims will take more memory than they must: %s", error)
         return

@@ -64,6 +64,8 @@ Not here: what a shim does (`service.py`), how a foreign daemon starts one (`__m
 
 from __future__ import annotations
 
+from pctr_shim import lean as lean  # isort: split
+
 import _socket
 import contextlib
 import gc

@@ -14,7 +14,6 @@ import ctypes
 import errno
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -382,7 +381,7 @@ def temp_mount(mounts: Sequence[Mount], folder: str | os.PathLike[str] | None = 
     The folder is made below `folder` (default: the system's). It is unmounted lazily afterwards
     and removed only when it is empty, so a mount that will not go is never deleted through.
     """
-    target = tempfile.mkdtemp(prefix="pctr-mount-", dir=folder)
+    target = _temporary_folder("pctr-mount-", folder)
     try:
         if mounts:
             mount_all(mounts, target)
@@ -390,6 +389,12 @@ def temp_mount(mounts: Sequence[Mount], folder: str | os.PathLike[str] | None = 
     finally:
         unmount_all(target)
         os.rmdir(target)
+
+
+def _temporary_folder(prefix: str, folder: str | os.PathLike[str] | None = None) -> str:
+    import tempfile  # half a megabyte that no shim needs but for this
+
+    return tempfile.mkdtemp(prefix=prefix, dir=folder)
 
 
 class _MountAttr(ctypes.Structure):
@@ -469,7 +474,7 @@ def _idmapped_lower(data: tuple[str, ...], userns: int) -> Iterator[tuple[str, .
     common = os.path.dirname(layers[0]) if len(layers) == 1 else os.path.commonpath(layers)
     if not lower or common in ("", "/"):
         raise InvalidArgument("an id-mapped overlay needs lower layers below one folder")
-    folder = tempfile.mkdtemp(prefix="pctr-idmap-")
+    folder = _temporary_folder("pctr-idmap-")
     try:
         idmap_mount(common, folder, userns, attributes=MOUNT_ATTR_RDONLY)
         mapped = ":".join(os.path.join(folder, os.path.relpath(layer, common)) for layer in layers)
@@ -491,7 +496,7 @@ def supports_idmap() -> bool:
 
 
 def _probe_idmap() -> bool:
-    folder = tempfile.mkdtemp(prefix="pctr-probe-")
+    folder = _temporary_folder("pctr-probe-")
     try:
         with user_namespace("0:65536:1", "0:65536:1") as userns:
             idmap_mount(folder, folder, userns)
