@@ -413,3 +413,44 @@ def join(folders: Iterable[str], pid: int) -> None:
     """Move `pid` into each of these cgroup folders (absolute paths)."""
     for folder in folders:
         write(f"{folder}/cgroup.procs", str(pid))
+
+
+def pass_grace() -> bool:
+    """Wait for what the kernel waits for before it moves a process between groups; whether that could be done.
+
+    A move waits until no processor is in the middle of a fork or an exit (an RCU grace period: 5 to 25 ms), unless
+    one has passed just before. So a move that is asked for ahead, while an OCI runtime starts, takes that time out
+    of the runtime's. This one changes nothing: it is of the calling process into the group that it is in. The second
+    one waits for nothing, and makes the effect last for another grace period.
+    """
+    procs = _own_procs()
+    if not procs:
+        return False
+    try:
+        for _ in range(2):
+            write(procs, "0")
+    except OSError:
+        return False
+    return True
+
+
+def _own_procs() -> str:
+    """The control file that lists the calling process; "" when it cannot be told for sure.
+
+    Asked each time: who writes to the file of a group that it has left moves there.
+    """
+    with open("/proc/self/cgroup", encoding="ascii", errors="surrogateescape") as file:
+        return _procs_of(os.getpid(), file.read())
+
+
+@functools.lru_cache(maxsize=1)
+def _procs_of(pid: int, membership: str) -> str:
+    """The control file that lists `pid`, which has this membership. In other namespaces paths may mean other groups."""
+    tree, groups = hierarchy(), parse_membership(membership)
+    tops = {"": tree.unified} if tree.mode == "v2" else tree.controllers
+    for name, top in tops.items():
+        if name in groups and name != "systemd":
+            procs = f"{top}{groups[name].rstrip('/')}/cgroup.procs"
+            if str(pid) in read(procs).split():
+                return procs
+    return ""

@@ -38,6 +38,7 @@ from supervisord_ctr.runtime import metrics, recovery
 from supervisord_ctr.runtime.attach import AttachConnection
 from supervisord_ctr.runtime.bundle import Bundle, Record, make_passable
 from supervisord_ctr.runtime.forward import EventServer
+from supervisord_ctr.runtime.haste import Haste
 from supervisord_ctr.runtime.sandboxes import Sandboxes
 from supervisord_ctr.runtime.shims import UNKNOWN_EXIT, Launch, Shim, Shims, socket_path
 from supervisord_ctr.runtime.spec import read_spec
@@ -80,6 +81,7 @@ class Tasks:
         self._exchange = exchange
         self._executors = executors
         self._owner = TaskOwner("tasks")
+        self._haste = Haste(self._owner, executors)
         self._locks = KeyedLock()
         self._tasks: dict[tuple[str, str], Task] = {}
         self._zygote = zygote
@@ -183,8 +185,6 @@ class Tasks:
         addresses.update(shim.record.address for shim in self.shims.all())
         return {socket_path(address) for address in addresses}
 
-    # -- mutations ---------------------------------------------------------------------------------
-
     async def _mutate(self, key: tuple[str, str], work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `work` under the lock of `key` as the daemon's own, whatever becomes of the caller."""
 
@@ -228,6 +228,7 @@ class Tasks:
         chosen = options if options is not None and options.value else container.runtime.options
         runtime = runtime_path or container.runtime.name
         self.shims.resolve(runtime)
+        self._haste.ahead()
         parts = read_spec(container, self._adjust_spec)
         if rootfs is None:
             rootfs = ()
@@ -325,6 +326,8 @@ class Tasks:
     async def start(self, namespace: str, container_id: str, exec_id: str = "") -> int:
         """Start the task, or an exec; returns its pid."""
         task, shim = await self._get(namespace, container_id)
+        if exec_id:
+            self._haste.ahead()
         pid = await shielded(self._owner, shim.service.start(container_id, exec_id), f"start {container_id}")
         faults.point(_STARTED)
         if not exec_id:

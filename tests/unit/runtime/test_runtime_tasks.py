@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ import pytest
 
 from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
+from supervisord_ctr.linux import cgroups
 from supervisord_ctr.model import Container, Exit, Runtime, TaskStatus, TypedValue
 from supervisord_ctr.runtime import RuntimeConfig
 from supervisord_ctr.runtime.bundle import Bundle
@@ -322,3 +324,34 @@ async def test_pods_keep_their_shim_over_a_restart(machine: Machine) -> None:
     assert await machine.run("c3", sandbox="pod") is shim
     assert len(machine.zygote.shims) == 1
     assert len(machine.tasks.shims) == 1
+
+
+async def test_the_kernel_is_asked_ahead_when_a_runtime_will_move_a_process(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    possible = [True]
+
+    def pass_grace() -> bool:
+        asked.append(possible[0])
+        return possible[0]
+
+    async def asked_times(number: int) -> None:
+        await wait_until(lambda: len(asked) == number and not machine.tasks._haste.busy, 30, "the kernel asked")
+
+    monkeypatch.setattr(cgroups, "pass_grace", pass_grace)
+    machine.store.add("c1")
+    await machine.tasks.create(NAMESPACE, "c1", rootfs=[])
+    await asked_times(1)
+    await machine.tasks.start(NAMESPACE, "c1")  # moves nobody: the process is where it belongs
+    for number, name in enumerate(("e1", "e2"), 2):
+        with contextlib.suppress(errors.Error):  # the fake shim has no execs
+            await machine.tasks.start(NAMESPACE, "c1", name)
+        await asked_times(number)
+    possible[0] = False
+    for name in ("e3", "e4"):
+        with contextlib.suppress(errors.Error):  # the fake shim has no execs
+            await machine.tasks.start(NAMESPACE, "c1", name)
+        await wait_until(lambda: len(asked) == 4, 30, "the kernel asked")
+    await asyncio.sleep(0.05)  # noqa: TID251  nothing must happen
+    assert asked == [True, True, True, False]
