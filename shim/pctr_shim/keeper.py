@@ -215,11 +215,12 @@ class Keeper:
         self._control.close()
         return self._description >= 0
 
-    def _hear(self) -> None:
+    def _hear(self) -> bool:
+        """Take one packet; whether there was one."""
         try:
             packet, ancillary, _, _ = self._control.recvmsg(_PACKET, _ANCILLARY, _RECEIVING)
         except BlockingIOError:
-            return
+            return False
         except ConnectionError:
             packet, ancillary = b"", []
         kind = packet[:1]
@@ -244,6 +245,8 @@ class Keeper:
             self._introduce(packet[1:], *descriptors)
         elif not packet:
             self._ended()
+            return False
+        return True
 
     def _keep(self, description: list[int]) -> None:
         """Everything has come; or not, where there may be no more open files."""
@@ -277,7 +280,10 @@ class Keeper:
                 return
             pid, status = found
             if pid == self._worker:
-                self._ended()
+                while self._hear():
+                    pass  # what it said before its end
+                if self._worker:
+                    self._ended()
                 return
             self._told = pid
             self._say(EXIT.pack(b"E", pid, status))

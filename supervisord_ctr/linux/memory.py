@@ -105,7 +105,7 @@ def _copied(function: FunctionType) -> FunctionType:
 
 def _replace(copies: dict[int, FunctionType], originals: Sequence[FunctionType]) -> None:
     """Have modules and classes name the copies; whoever else holds an original goes on with that."""
-    for module in list(sys.modules.values()):
+    for module in filter(None, list(sys.modules.values())):  # None stands for a module that shall not be found
         names = vars(module)
         for name, value in list(names.items()):
             if id(value) in copies:
