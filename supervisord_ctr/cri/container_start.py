@@ -6,6 +6,7 @@ kubelet expects, and its message tells why.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -25,6 +26,8 @@ from supervisord_ctr.names import CRI_NAMESPACE
 
 log = logging.getLogger(__name__)
 
+#: Seconds after which the OCI runtime is at work.
+_MEANWHILE = 0.01
 #: Exit code of a container that could not be started.
 START_ERROR = 128
 
@@ -69,6 +72,8 @@ async def _start(core: Core, container: Container) -> None:
 async def _run(core: Core, pod: Pod, container: Container) -> None:
     streams = await core.executors.run_io(stdio, core, container)
     core.stages.enter(container.id, "making the task")
+    # A verbose status is often the next call; the loop has nothing to do while the OCI runtime works.
+    asyncio.get_running_loop().call_later(_MEANWHILE, container.config_text)
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(_undo, core, container)
         images = await checkpoint.unpack(core, container)
