@@ -423,10 +423,10 @@ def pass_grace() -> bool:
     of the runtime's. This one changes nothing: it is of the calling process into the group that it is in. The second
     one waits for nothing, and makes the effect last for another grace period.
     """
-    procs = _own_procs()
-    if not procs:
-        return False
     try:
+        procs = _own_procs()
+        if not procs:
+            return False
         for _ in range(2):
             write(procs, "0")
     except OSError:

@@ -46,6 +46,15 @@ def test_it_leaves_us_where_we_are(groups: tuple[str, str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_membership_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> str:
+        raise PermissionError(13, "permission denied", path)
+
+    monkeypatch.setattr(cgroups, "read", refuse)
+    cgroups._procs_of.cache_clear()
+    assert not cgroups.pass_grace()
+
+
 @pytest.mark.parametrize("listed", ["", "1\n2", f"{os.getpid()}0"])
 def test_a_group_that_does_not_list_us_is_left_alone(monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
     """As in a container that sees the host's groups under other paths than its own membership names."""
