@@ -117,7 +117,7 @@ class Tasks:
         await self._event_server.close()
         await self._owner.close()
 
-    # -- for recovery ------------------------------------------------------------------------------
+    # -- for recovery, and mutations ---------------------------------------------------------------
 
     @property
     def state_folder(self) -> Path:
