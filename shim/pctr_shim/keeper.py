@@ -77,6 +77,8 @@ _NULL = os.O_RDWR | os.O_CLOEXEC
 _ANCILLARY = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
 #: The reply to a request whose worker ended while it answered (14: unavailable).
 _FAILED = b'{"serial": %s, "error": {"code": 14, "message": "the shim ended while it was being started"}}'
+#: The shim's log, when no worker takes up what was left.
+_GIVEN_UP = b"pctr-shim: no worker could take up what the last one left, so the shim ends with its containers\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ class Keeper:
             if post is not None:
                 return post
             if not self._attend() or self._failed == _TRIES:
+                if self._failed:
+                    os.write(2, _GIVEN_UP)
                 os._exit(int(not self._orderly))
             if self._failed:
                 time.sleep(_RETRY * (1 << (self._failed - 1)))  # noqa: TID251  nothing tells when there is room again

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -87,15 +86,10 @@ async def test_p11_a_shim_at_rest_has_no_worker_and_half_the_memory(lab: Lab) ->
 
 def test_p11_the_zygote_warms_up_without_complaint() -> None:
     """It only tells of what fails then, since nothing but memory depends on it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pctr_shim.zygote", str(theirs.fileno()), " " * 320, "rest=2.0", "seal=runc"],
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-    ours.close()
-    _, complaints = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, complaints) == (0, "")
+    zygote = Zygote(rest=2.0, stderr=subprocess.PIPE)
+    assert zygote.close() == 0
+    _, complaints = zygote.process.communicate(timeout=PATIENCE)
+    assert complaints == b""
 
 
 async def test_calls_wake_it_and_find_everything_as_it_was(lab: Lab) -> None:

@@ -74,6 +74,8 @@ async def test_a_shim_killed_there_leaves_nothing(point: str, healthy: Zygote) -
                 runtime_root=str(lab.folder / "runc"),
             )
             assert reply.get("exit_status") == 137, reply
+            given_up = "no worker could take up" in (lab.folder / "c.log").read_text()
+            assert given_up == (point in (pctr_shim.rest.WOKEN, pctr_shim.rest.TAKEN_UP))
             await _nothing_left(lab)
     finally:
         faulty.close()

@@ -69,11 +69,14 @@ def children_named(pid: int, name: str) -> list[int]:
 class Zygote:
     """A zygote of this test process."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None, rest: float = 0.0) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, rest: float = 0.0, stderr: int | None = None
+    ) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "pctr_shim.zygote", str(theirs.fileno()), " " * 320, f"rest={rest}", "seal=runc"]
         self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL
+            command, pass_fds=[theirs.fileno()], env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
+            stderr=stderr,
         )
         theirs.close()
         self._socket = ours
