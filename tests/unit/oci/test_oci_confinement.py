@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
+import struct
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +57,46 @@ def test_the_profile_follows_the_capabilities() -> None:
     admin = _allowed(seccomp.default_profile(["CAP_SYS_ADMIN"], "x86_64"))
     assert {"mount", "bpf", "unshare", "clone", "clone3"} <= admin
     assert "chroot" not in admin
+
+
+_I386, _NO_MACHINE = 3, 0xBAD
+
+
+def test_which_32_bit_programs_the_kernel_runs() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    answer = libc.syscall(0x40000000 | 39)
+    assert seccomp.runs_x32() == (answer == os.getpid()), "getpid by its x32 number works where x32 does"
+    assert not seccomp.runs_x32(_NO_MACHINE)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="i386 programs run on x86_64 only")
+def test_a_machine_that_the_kernel_runs_is_told_from_one_that_it_does_not() -> None:
+    program = b"\x7fELF\1\1\1" + bytes(9) + struct.pack("<HHIIIIIHHHHHH", 2, _I386, 1, 0x8054, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    code = b"\xb8\1\0\0\0\xbb\x07\0\0\0\xcd\x80"  # exit(7)
+    program += struct.pack("<8I", 1, 0, 0x8000, 0x8000, 84 + len(code), 84 + len(code), 5, 0x1000) + code
+    child = os.memfd_create("i386", 0)
+    os.write(child, program)
+    try:
+        ran = subprocess.run([f"/proc/self/fd/{child}"], pass_fds=[child]).returncode == 7
+    except OSError:
+        ran = False
+    os.close(child)
+    assert seccomp.runs_x32(_I386) == ran
+
+
+@pytest.mark.parametrize(("refusal", "left_out"), [(errno.ENOEXEC, True), (errno.ENOENT, False), (errno.EACCES, False)])
+def test_x32_is_left_out_only_where_the_kernel_refuses_it(
+    refusal: int, left_out: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(seccomp, "_runs", {})
+    monkeypatch.setattr(os, "execve", refuse)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    expected = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", *([] if left_out else ["SCMP_ARCH_X32"])]
+    assert seccomp.default_profile([])["architectures"] == expected
+    assert seccomp.default_profile([], "x86_64")["architectures"][-1] == "SCMP_ARCH_X32"
 
 
 def test_namespaces_need_the_capability() -> None:
