@@ -8,7 +8,6 @@ The numbers are those of `google.rpc.Code`, which gRPC and ttrpc share.
 
 from __future__ import annotations
 
-import enum
 import errno as errno_module
 
 # Stated, not imported: a client that starts often shall not load the typing module for this.
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from typing import ClassVar
 
 
-class Code(enum.IntEnum):
-    """Canonical status codes (google/rpc/code.proto)."""
+class Code:
+    """Canonical status codes (google/rpc/code.proto): plain numbers, as the enum module takes long to load."""
 
     OK = 0
     CANCELLED = 1
@@ -46,7 +45,7 @@ class Error(Exception):
     `key` name the object for logs and for callers that decide by it ("image", "docker.io/…").
     """
 
-    code: ClassVar[Code] = Code.UNKNOWN
+    code: ClassVar[int] = Code.UNKNOWN
 
     def __init__(self, message: str, *, kind: str = "", key: str = "") -> None:
         super().__init__(message)
@@ -149,7 +148,7 @@ class Unauthenticated(Error):
     code = Code.UNAUTHENTICATED
 
 
-_BY_CODE: dict[Code, type[Error]] = {
+_BY_CODE: dict[int, type[Error]] = {
     cls.code: cls
     for cls in (
         Unknown, Cancelled, InvalidArgument, DeadlineExceeded, NotFound, AlreadyExists, PermissionDenied,
@@ -161,10 +160,7 @@ _BY_CODE: dict[Code, type[Error]] = {
 
 def from_code(code: int, message: str) -> Error:
     """The error for a status that a peer sent; codes outside the table become `Unknown`."""
-    try:
-        return _BY_CODE[Code(code)](message)
-    except (ValueError, KeyError):
-        return Unknown(message)
+    return _BY_CODE.get(code, Unknown)(message)
 
 
 _BY_ERRNO: dict[int, type[Error]] = {

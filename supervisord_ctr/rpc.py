@@ -98,14 +98,14 @@ def any_from_value(value: TypedValue | None) -> any_pb2.Any | None:
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """The status that a client sees for an error of a handler."""
     if isinstance(error, errors.Error):
-        return _STATUS[int(error.code)], error.message
+        return _STATUS[error.code], error.message
     if isinstance(error, asyncio.CancelledError):
         return grpc.StatusCode.CANCELLED, "the operation was cancelled"
     if isinstance(error, TimeoutError):
         return grpc.StatusCode.DEADLINE_EXCEEDED, str(error) or "deadline exceeded"
     if isinstance(error, OSError):
         translated = errors.from_os_error(error, "system call failed:")
-        return _STATUS[int(translated.code)], translated.message
+        return _STATUS[translated.code], translated.message
     return grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}"
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from types import SimpleNamespace
 
 from pctr.command import Command, Context, Failed, UsageError, global_options
 from pctr.commands import find, load
-from pctr.options import SUPPRESS, Options
+from pctr.options import SUPPRESS, Arguments, Options
 
 # Stated, not imported: the typing module takes as long to load as all of pctr.
 TYPE_CHECKING = False
@@ -41,12 +40,12 @@ def select(group: str, words: list[str]) -> tuple[Command, list[str]] | None:
     return None
 
 
-def _parse_quickly(before: list[str], group: str, words: list[str]) -> SimpleNamespace | None:
+def _parse_quickly(before: list[str], group: str, words: list[str]) -> Arguments | None:
     selected = select(group, words)
     if selected is None:
         return None
     command, words = selected
-    args = SimpleNamespace(command=command)
+    args = Arguments(command=command)
     top = Options()
     global_options(top, default=None)
     options = Options()

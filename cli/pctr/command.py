@@ -7,12 +7,12 @@ Owns the frame in which every file of `pctr.commands` is written. Parses nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 
 from pctr.options import SUPPRESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
     from pctr.rpc import Client

@@ -6,10 +6,8 @@ Shared by `run`, `container create` and `oci spec`. The spec itself is built by
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterable
 
 from pctr import documents, light
 from pctr.command import (
@@ -22,6 +20,7 @@ from pctr.command import (
     parse_size,
     snapshotter_option,
 )
+from pctr.contexts import ExitStack, suppress
 from pctr.image_config import ImageConfig, get_image, load_config, read_json, unpacked_chain_id
 from pctr.rpc import CONTAINERS, SNAPSHOTS, Client
 from supervisord_ctr import errors
@@ -29,6 +28,7 @@ from supervisord_ctr.oci.spec import TYPE_URL, SpecBuilder, parse_mount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from pctr.command import Arguments
@@ -370,7 +370,7 @@ def resolve_user(mounts: list[light.Mount], rootfs: str, user: str) -> User | No
     from supervisord_ctr.model import Mount
     from supervisord_ctr.oci.users import resolve
 
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         if not rootfs:
             entries = [Mount(entry.type, entry.source, (*entry.options, "ro"), entry.target) for entry in mounts]
             rootfs = stack.enter_context(temp_mount(entries))
@@ -423,7 +423,7 @@ def _snapshot(client: Client, snapshotter: str, key: str, image: ImageConfig, ar
 
 
 def _prepare(client: Client, request: light.PrepareSnapshotRequest, args: Any) -> list[light.Mount]:
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         uids, gids = id_maps(args)
         if uids:
             from pctr import mapped
@@ -493,7 +493,7 @@ def create_container(context: Context, reference: str, container: str, command: 
                 light.ContainerMessage,
             )
     except BaseException:
-        with contextlib.suppress(errors.Error):
+        with suppress(errors.Error):
             remove_container(client, Created(container, mounts, name, snapshotter, container if snapshotter else ""))
         raise
     return Created(container, mounts, name, snapshotter, container if snapshotter else "")
@@ -508,5 +508,5 @@ def remove_container(client: Client, container: Created, *, keep_snapshot: bool 
             light.RemoveSnapshotRequest(snapshotter=container.snapshotter, key=container.snapshot_key), light.Empty,
         ))
     for call in calls:
-        with contextlib.suppress(errors.NotFound):
+        with suppress(errors.NotFound):
             call.result()

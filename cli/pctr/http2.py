@@ -10,13 +10,18 @@ from __future__ import annotations
 import select
 import struct
 
-# The socket module proper is a wrapper that takes as long to import as a call takes.
+# The modules proper, collections and socket, are wrappers that take as long to import as a call takes.
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM
 from _socket import socket as Socket
-from collections import deque
-from collections.abc import Sequence
 
 from pctr.hpack import Decoder, HpackError, encode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Sequence
+else:
+    from _collections import deque
 
 __all__ = ["AF_UNIX", "SOCK_CLOEXEC", "SOCK_STREAM", "Connection", "ConnectionLost", "Socket", "Stream"]
 

@@ -5,23 +5,26 @@ Owns the time between the start of a task or exec and its exit. The caller creat
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 
 from pctr import light
 from pctr.command import Failed
+from pctr.contexts import ExitStack, suppress
 from pctr.rpc import TASKS, Call, Client
 from pctr.stdio import Fifos, Pump, open_input, open_output
 from supervisord_ctr import errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+
     from pctr.terminal import SizeRelay
+else:
+    import _signal as signal  # see pctr.running
 
 #: After an exit, how long an output may stay silent without its end before it is given up (P7).
 QUIET = 1.0
@@ -34,20 +37,24 @@ _FORWARDED = (
 )
 
 
-@contextlib.contextmanager
-def caught_signals(*numbers: signal.Signals) -> Iterator[int]:
-    """Inside, these signals only write their number to the descriptor that is yielded."""
-    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    former_wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    former = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
-        yield reading
-    finally:
-        for number, handler in former.items():
+class CaughtSignals:
+    """Inside the block, these signals only write their number to the descriptor that it is entered with."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._numbers = numbers
+
+    def __enter__(self) -> int:
+        self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._former_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._former = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
+        return self._reading
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(former_wakeup)
-        os.close(reading)
-        os.close(writing)
+        signal.set_wakeup_fd(self._former_wakeup)
+        os.close(self._reading)
+        os.close(self._writing)
 
 
 class Foreground:
@@ -138,14 +145,14 @@ class Foreground:
         """Call `start`, then copy until the process has exited and its output has come; the exit status."""
         forwarded = _FORWARDED if self.proxy_signals else ()
         numbers = (*forwarded, signal.SIGWINCH) if self._terminal else forwarded
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             if self._terminal:
                 from pctr import terminal
 
                 stack.enter_context(terminal.raw(0))
                 self._sizes = terminal.SizeRelay(self._resize)
             start()
-            signals = stack.enter_context(caught_signals(*numbers)) if numbers else -1
+            signals = stack.enter_context(CaughtSignals(*numbers)) if numbers else -1
             if self._sizes is not None:
                 self._sizes.changed()
             return self._loop(signals)
@@ -250,7 +257,7 @@ class Foreground:
         if now - self._lost_at > DAEMON_ABSENCE:
             raise Failed(f"the daemon has been away for {DAEMON_ABSENCE:.0f} seconds; {self._container} may still run")
         self._retry_at = now + 0.2
-        with contextlib.suppress(errors.Unavailable):
+        with suppress(errors.Unavailable):
             self.wait_for_exit()
             if self._sizes is not None:
                 self._sizes.changed()  # it may have changed while nobody could be told

@@ -7,18 +7,18 @@ takes as long as running a container.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 import time
-from collections.abc import Iterator
-from types import TracebackType
 
+from pctr.contexts import suppress
 from pctr.http2 import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, Connection, ConnectionLost, Socket
 from supervisord_ctr import errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
     from typing import Generic, Protocol, Self, TypeVar
 
     class Encodable(Protocol):
@@ -264,18 +264,28 @@ class Client:
     def stream(self, path: str, response: type[M], *, timeout: float | None = None) -> Call[M]:
         """Open a call whose messages are sent one by one."""
         for _ in range(3):
-            with contextlib.suppress(ConnectionLost):
+            with suppress(ConnectionLost):
                 return Call(self, path, response, timeout)
         raise errors.Unavailable(f"{self.address}: the daemon closes every connection")
 
-    @contextlib.contextmanager
-    def leased(self, lease: str) -> Iterator[None]:
-        """Send `lease` with every call inside."""
-        before, self.lease = self.lease, lease
-        try:
-            yield
-        finally:
-            self.lease = before
+    def leased(self, lease: str) -> Leased:
+        """Send `lease` with every call inside the block."""
+        return Leased(self, lease)
+
+
+class Leased:
+    """A block in which a client names a lease with every call."""
+
+    def __init__(self, client: Client, lease: str) -> None:
+        self._client = client
+        self._lease = lease
+        self._before = ""
+
+    def __enter__(self) -> None:
+        self._before, self._client.lease = self._client.lease, self._lease
+
+    def __exit__(self, *_: object) -> None:
+        self._client.lease = self._before
 
 
 def _grpc_timeout(seconds: float) -> str:

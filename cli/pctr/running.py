@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 
 from pctr import documents, light
 from pctr.command import Context, Failed, UsageError, new_id
+from pctr.contexts import ExitStack, suppress
 from pctr.create import Created, remove_container
 from pctr.process import Foreground
 from pctr.rpc import CONTAINERS, SNAPSHOTS, TASKS, Client
@@ -16,7 +15,10 @@ from supervisord_ctr import errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from typing import Any
+else:
+    import _signal as signal  # the module proper wraps these functions in enums, which takes as long as some calls
 
 _RUNNING, _STOPPED = 2, 3
 
@@ -36,7 +38,7 @@ def ignore_interrupts() -> None:
 
 def delete_task(client: Client, container: str) -> None:
     """Delete a task that has ended; one that is gone is fine."""
-    with contextlib.suppress(errors.NotFound):
+    with suppress(errors.NotFound):
         client.unary(TASKS + "Delete", light.ProcessId(container_id=container), light.DeleteResponse)
 
 
@@ -51,7 +53,7 @@ def run_task(
     task could not be made or started: what never ran leaves nothing.
     """
     args, client = context.args, context.client
-    with contextlib.ExitStack() as undo:
+    with ExitStack() as undo:
         if remove:
             undo.callback(remove_container, client, created)
         quiet = bool(args.log_uri or args.null_io)
@@ -74,7 +76,7 @@ def run_task(
             stderr="" if args.tty else fifos.stderr if fifos else log,
         )
         identity = light.ProcessId(container_id=created.id)
-        with contextlib.ExitStack() as if_failed:
+        with ExitStack() as if_failed:
             if fifos is not None:
                 if_failed.callback(fifos.remove)
             if remove_unstarted and not remove:
@@ -101,7 +103,7 @@ def run_task(
         return status
 
 
-def _join_bridge(context: Context, container: str, pid: int, undo: contextlib.ExitStack) -> None:
+def _join_bridge(context: Context, container: str, pid: int, undo: ExitStack) -> None:
     """Put the task on the bridge; in the foreground it leaves it when it has ended."""
     from pctr import bridge
 
@@ -112,7 +114,7 @@ def _join_bridge(context: Context, container: str, pid: int, undo: contextlib.Ex
 
 
 def _forget(client: Client, container: str) -> None:
-    with contextlib.suppress(errors.Error):
+    with suppress(errors.Error):
         delete_task(client, container)
 
 
@@ -181,7 +183,7 @@ def exec_in_task(context: Context, container: str, command: list[str]) -> int:
     args, client = context.args, context.client
     process = exec_process(context, container, command)
     exec_id = args.exec_id or f"exec-{new_id()}"
-    with contextlib.ExitStack() as undo:
+    with ExitStack() as undo:
         fifos = None
         if not args.log_uri and not args.detach:
             fifos = Fifos(stdin=args.interactive or args.tty, stderr=not args.tty)
@@ -199,7 +201,7 @@ def exec_in_task(context: Context, container: str, command: list[str]) -> int:
             spec=light.Any_(type_url=PROCESS_TYPE_URL, value=documents.dumps(process).encode()),
         ), light.Empty)
         identity = light.ProcessId(container_id=container, exec_id=exec_id)
-        with contextlib.ExitStack() as if_failed:
+        with ExitStack() as if_failed:
             if_failed.callback(_delete_exec, client, identity)
             if args.detach:
                 client.unary(TASKS + "Start", identity, light.StartResponse)
@@ -218,7 +220,7 @@ def exec_in_task(context: Context, container: str, command: list[str]) -> int:
 
 
 def _delete_exec(client: Client, identity: light.ProcessId) -> None:
-    with contextlib.suppress(errors.NotFound, errors.FailedPrecondition, errors.Unavailable):
+    with suppress(errors.NotFound, errors.FailedPrecondition, errors.Unavailable):
         client.unary(TASKS + "DeleteProcess", identity, light.DeleteResponse)
 
 
@@ -270,7 +272,7 @@ def remove_task(client: Client, container: str, exec_id: str = "", *, force: boo
     process = client.unary(TASKS + "Get", identity, light.GetProcessResponse).process or light.Process()
     if force and process.status != _STOPPED:
         wait = client.start(TASKS + "Wait", identity, light.WaitResponse)
-        with contextlib.suppress(errors.NotFound, errors.FailedPrecondition):
+        with suppress(errors.NotFound, errors.FailedPrecondition):
             client.unary(TASKS + "Kill", light.KillRequest(
                 container_id=container, exec_id=exec_id, signal=9, all=not exec_id), light.Empty)
             if process.status >= _RUNNING:

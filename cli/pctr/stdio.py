@@ -7,13 +7,17 @@ the daemon's connection and signals.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import select
 import stat
-from collections.abc import Callable
+
+from pctr.contexts import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _CHUNK = 1 << 18
 _PIPE_SIZE = 1 << 20
@@ -60,9 +64,9 @@ class Fifos:
 def remove_fifos(directory: str) -> None:
     """Remove a folder of fifos; what is gone already is fine."""
     for name in ("stdin", "stdout", "stderr"):
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         os.rmdir(directory)
 
 
@@ -75,7 +79,7 @@ def remove_fifos_of(paths: list[str]) -> None:
 
 
 def _widen(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         fcntl.fcntl(descriptor, _F_SETPIPE_SZ, _PIPE_SIZE)
 
 

@@ -269,4 +269,4 @@ def send_reply(daemon: socket.socket, serial: int, reply: Reply) -> None:
 
 def failure(error: errors.Error) -> Reply:
     """The part of a reply that tells an error."""
-    return {"error": {"code": int(error.code), "message": error.message}}
+    return {"error": {"code": error.code, "message": error.message}}

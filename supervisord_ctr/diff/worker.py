@@ -129,11 +129,11 @@ def _run(source: GrowingFile, job: dict[str, object], target: int) -> dict[str, 
     except NeedsLower as error:
         return {"needs_lower": error.message}
     except Error as error:
-        return {"code": int(error.code), "error": error.message}
+        return {"code": error.code, "error": error.message}
     except MemoryError:
-        return {"code": int(Code.RESOURCE_EXHAUSTED), "error": "layer needs too much memory to be unpacked"}
+        return {"code": Code.RESOURCE_EXHAUSTED, "error": "layer needs too much memory to be unpacked"}
     except OSError as error:
-        return {"code": int(Code.UNKNOWN), "error": f"layer could not be unpacked: {error}"}
+        return {"code": Code.UNKNOWN, "error": f"layer could not be unpacked: {error}"}
     return {
         "diff_id": applied.diff_id, "size": applied.size, "entries": applied.entries, "notes": applied.notes,
         "usage": applied.usage,

@@ -6,9 +6,11 @@ leave the prefix away and use any case. Source: capabilities(7).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from supervisord_ctr.errors import InvalidArgument
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 #: Every capability in the order of its bit, from linux/capability.h.
 NAMES: tuple[str, ...] = (

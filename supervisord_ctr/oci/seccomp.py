@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable
 
 from supervisord_ctr.errors import InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 ENOSYS = 38

@@ -9,13 +9,13 @@ Source: OCI runtime specification, config.md and config-linux.md.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from supervisord_ctr.errors import InvalidArgument
 from supervisord_ctr.oci import capabilities
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, Self
 
     from supervisord_ctr.oci.devices import Device

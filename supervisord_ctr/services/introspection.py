@@ -113,7 +113,7 @@ def _message(part: Part) -> pb.Plugin:
     message = pb.Plugin(type=part.type, id=part.id, exports=dict(part.exports), capabilities=part.capabilities,
                         platforms=platforms)
     if part.error:
-        message.init_err.code, message.init_err.message = int(Code.UNKNOWN), part.error
+        message.init_err.code, message.init_err.message = Code.UNKNOWN, part.error
     return message
 
 

@@ -355,16 +355,16 @@ def _packed(stream: int, response: shim_pb2.Response) -> bytes:
 def _set_status(response: shim_pb2.Response, error: Exception, request: shim_pb2.Request | None) -> None:
     """Put the status of `error` into `response`: the table of `errors`, everything else is unknown."""
     if isinstance(error, errors.Error):
-        code, message = int(error.code), error.message
+        code, message = error.code, error.message
     elif isinstance(error, DecodeError):
-        code, message = int(errors.Code.INVALID_ARGUMENT), f"request cannot be decoded: {error}"
+        code, message = errors.Code.INVALID_ARGUMENT, f"request cannot be decoded: {error}"
     elif isinstance(error, TimeoutError):
-        code, message = int(errors.Code.DEADLINE_EXCEEDED), "context deadline exceeded"
+        code, message = errors.Code.DEADLINE_EXCEEDED, "context deadline exceeded"
     elif isinstance(error, OSError):
         translated = errors.from_os_error(error, request.method.lower() if request is not None else "request")
         code, message = int(translated.code), translated.message
     else:
-        code, message = int(errors.Code.UNKNOWN), f"{type(error).__name__}: {error}"
+        code, message = errors.Code.UNKNOWN, f"{type(error).__name__}: {error}"
         log.error("a handler failed", exc_info=error)
     response.status.code = code
     response.status.message = message

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 from pctr.command import Command, Context, Failed, UsageError
 from pctr.create import create_container, create_options, remove_container
 from pctr.options import REMAINDER
@@ -11,7 +9,11 @@ from pctr.running import note, run_task
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
+
     from pctr.command import Arguments
+else:
+    import _signal as signal  # see pctr.running
 
 
 def _arguments(parser: Arguments) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,9 +49,16 @@ def test_a_run_loads_little() -> None:
         "import pctr.__main__, pctr.commands.run, pctr.commands.task, pctr.create, pctr.process, pctr.running\n"
         "from supervisord_ctr.oci import seccomp\n"
         "heavy = ('typing', 're', 'json', 'dataclasses', 'argparse', 'subprocess', 'socket', 'logging', 'asyncio', 'grpc',\n"
-        "         'google.protobuf', 'hashlib', 'pathlib', 'inspect')\n"
+        "         'google.protobuf', 'hashlib', 'pathlib', 'inspect', 'collections', 'contextlib', 'enum', 'functools', 'signal',\n"
+        "         'types')\n"
         "print(*[name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path[:0] = sys.argv[1].split(':')\n" + program,
                            ":".join(sys.path)], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == []
+
+
+def test_the_installed_script_is_ours() -> None:
+    installed = Path(sysconfig.get_path("scripts")) / "pctr"
+    source = Path(__file__).parents[3] / "cli/bin/pctr"
+    assert installed.read_text().splitlines()[1:] == source.read_text().splitlines()[1:]
