@@ -435,7 +435,10 @@ def _prepare(client: Client, request: light.PrepareSnapshotRequest, args: Any) -
             else:
                 lease = stack.enter_context(Lease(client))
                 request.parent = mapped.mapped_parent(client, lease, request.snapshotter, request.parent, uids, gids)
-        return client.unary(SNAPSHOTS + "Prepare", request, light.PrepareSnapshotResponse).mounts
+        call = client.start(SNAPSHOTS + "Prepare", request, light.PrepareSnapshotResponse)
+        import pctr.running  # noqa: F401  (what `run` needs next is loaded while the daemon makes the snapshot)
+
+        return call.result().mounts
 
 
 def find_image(context: Context, name: str, pull: str, platform: str) -> light.Image:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pctr.command import Command, Context, Failed, UsageError
 from pctr.create import create_container, create_options, remove_container
 from pctr.options import REMAINDER
-from pctr.running import note, run_task
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ def run(context: Context) -> int:
         raise UsageError("--log-uri and --null-io leave no terminal to show; add --detach")
     signal.signal(signal.SIGTERM, _terminated)
     created = create_container(context, reference, name, command)
+    from pctr.running import note, run_task  # loaded already, but for a container without a snapshot
+
     try:
         note(args.cidfile, created.id)
     except OSError:
