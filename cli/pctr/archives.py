@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import IO, Any, BinaryIO, cast
 
 from pctr import image_config, image_tree, services
+from pctr import light_transfer as messages
 from pctr.command import Context, Failed, new_id
 from pctr.committing import write_manifest
 from pctr.image_config import is_index, is_manifest, normalise
@@ -23,7 +24,6 @@ from pctr.unpack import unpack
 from supervisord_ctr import errors
 from supervisord_ctr.api.services.images.v1 import images_pb2
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.api.types.transfer import transfer_pb2
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 _DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
@@ -63,29 +63,29 @@ def import_archive(context: Context, path: str) -> list[str]:
 def _import_by_daemon(context: Context, file: BinaryIO, before: dict[str, str]) -> list[str]:
     args = context.args
     platform = args.platform or image_config.host_platform()
-    store = transfer_pb2.ImageStore(
+    store = messages.ImageStore(
         name=args.index_name, platforms=[parse_platform(args.platform)] if args.platform else [])
     prefix = args.base_name
     if prefix:
-        store.extra_references.append(transfer_pb2.ImageReference(
+        store.extra_references.append(messages.ImageReference(
             name=prefix, is_prefix=True, allow_overwrite=True, add_digest=args.digests))
     else:
-        store.extra_references.append(transfer_pb2.ImageReference(
+        store.extra_references.append(messages.ImageReference(
             name="import", is_prefix=True, allow_overwrite=True, add_digest=args.digests, skip_named_digest=True))
     if not args.no_unpack:
-        store.unpacks.append(transfer_pb2.UnpackConfiguration(
+        store.unpacks.append(messages.UnpackConfiguration(
             platform=parse_platform(platform), snapshotter=context.snapshotter))
     transfer = Transfer(context.client)
     seen: list[str] = []
     with display(args.quiet) as sink:
 
         class Recording:
-            def update(self, progress: transfer_pb2.Progress) -> None:
+            def update(self, progress: messages.Progress) -> None:
                 if progress.event.startswith("saved") and progress.name not in seen:
                     seen.append(progress.name)
                 sink.update(progress)
 
-        transfer.run(transfer_pb2.ImageImportStream(stream=transfer.sending_from(file)), store, Recording())
+        transfer.run(messages.ImageImportStream(stream=transfer.sending_from(file)), store, Recording())
     if seen:
         return seen
     after = {image.name: image.target.digest for image in services.list_images(context.client)}
@@ -243,10 +243,10 @@ def export_archive(context: Context, path: str, names: list[str]) -> None:
             try:
                 transfer = Transfer(client)
                 transfer.run(
-                    transfer_pb2.ImageStore(name=images[0].name),
-                    transfer_pb2.ImageExportStream(
+                    messages.ImageStore(name=images[0].name),
+                    messages.ImageExportStream(
                         stream=transfer.reading_into(file), all_platforms=args.all_platforms,
-                        platforms=map(parse_platform, args.platform),
+                        platforms=list(map(parse_platform, args.platform)),
                     ), None,
                 )
                 return

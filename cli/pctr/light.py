@@ -1,4 +1,4 @@
-"""Messages of the paths that must start fast (`run`, `exec`), without the protobuf package.
+"""Messages of the paths that must start fast (`run`, `exec`, `pull`), without the protobuf package.
 
 Importing protobuf and the generated modules takes longer than creating a container, so the few
 messages that a run needs are stated here as tables. Fields and numbers are those of `protos/`; the
@@ -12,9 +12,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, ClassVar, Self
 
-STRING, BYTES, UINT, BOOL, STRINGS, LABELS = "string", "bytes", "uint", "bool", "strings", "labels"
+STRING, BYTES, UINT, INT, BOOL, STRINGS, LABELS = "string", "bytes", "uint", "int", "bool", "strings", "labels"
 
-_DEFAULTS: dict[str, Any] = {STRING: "", BYTES: b"", UINT: 0, BOOL: False}
+_DEFAULTS: dict[str, Any] = {STRING: "", BYTES: b"", UINT: 0, INT: 0, BOOL: False}
 
 
 def _varint(value: int) -> bytes:
@@ -53,6 +53,8 @@ class Message:
     """
 
     FIELDS: ClassVar[dict[int, tuple[str, Any]]] = {}
+    #: The full name, of messages that travel inside an Any.
+    NAME: ClassVar[str] = ""
 
     def __init__(self, **values: Any) -> None:
         for name, kind in self.FIELDS.values():
@@ -87,7 +89,7 @@ class Message:
                 result += _length_delimited(number, value.encode())
             elif kind is BYTES:
                 result += _length_delimited(number, value)
-            elif kind is UINT or kind is BOOL:
+            elif kind in (UINT, INT, BOOL):
                 result += _varint(number << 3) + _varint(int(value))
             elif kind is STRINGS:
                 for item in value:
@@ -137,6 +139,8 @@ class Message:
             setattr(self, name, value.decode())
         elif kind is BYTES or kind is UINT:
             setattr(self, name, value)
+        elif kind is INT:
+            setattr(self, name, value - (1 << 64) if value >> 63 else value)
         elif kind is BOOL:
             setattr(self, name, bool(value))
         elif kind is STRINGS:

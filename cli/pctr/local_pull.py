@@ -10,26 +10,29 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urljoin
 
 from pctr import image_config, image_tree, services
 from pctr.command import Context, Failed
 from pctr.image_config import choose_manifest, is_index, is_manifest, platform_of
+from pctr.light import Descriptor as LightDescriptor
+from pctr.light_transfer import Progress
 from pctr.pulling import RegistryOptions, credentials_for
 from pctr.rpc import Client
-from pctr.transfer import Sink
 from pctr.unpack import unpack
 from supervisord_ctr import errors
 from supervisord_ctr.api.services.images.v1 import images_pb2
 from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.api.types.transfer import transfer_pb2
 from supervisord_ctr.images.hosts import HostsConfig, RegistryHost
 from supervisord_ctr.images.http import HostFailure, Http
 from supervisord_ctr.images.manifest import children, gc_labels, parse, parse_descriptor, ref_key
 from supervisord_ctr.images.reference import parse as parse_reference
 from supervisord_ctr.images.registry import BlobRefused, Registry, retry_delay
 from supervisord_ctr.model import Descriptor
+
+if TYPE_CHECKING:
+    from pctr.transfer import Sink
 
 _CHUNK = 1 << 20
 _PARALLEL = 3
@@ -65,9 +68,9 @@ def with_registry(name: str, options: RegistryOptions, work: Callable[[Registry]
 
 def report(sink: Sink, descriptor: Descriptor, event: str, done: int = 0) -> None:
     """Tell the display about a blob."""
-    sink.update(transfer_pb2.Progress(
+    sink.update(Progress(
         event=event, name=descriptor.digest, progress=done, total=descriptor.size,
-        desc=types_pb2.Descriptor(media_type=descriptor.media_type, digest=descriptor.digest, size=descriptor.size),
+        desc=LightDescriptor(media_type=descriptor.media_type, digest=descriptor.digest, size=descriptor.size),
     ))
 
 

@@ -6,21 +6,25 @@ JSON shows, and a text for the table.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any, TypeAlias
+
+    Value: TypeAlias = Any
 
 
-class Cell(NamedTuple):
+class Cell:
     """A value and how a person reads it."""
 
-    raw: Any
-    text: str
+    __slots__ = ("raw", "text")
 
-
-Value = Any
+    def __init__(self, raw: Any, text: str) -> None:
+        self.raw = raw
+        self.text = text
 
 
 def size(count: int) -> Cell:
@@ -143,6 +147,8 @@ def _text(value: Value) -> str:
 
 def document(value: Any) -> None:
     """One JSON document."""
+    import json
+
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
-from typing import Protocol, Self, TextIO
 
 from pctr.output import human_size, plain
-from supervisord_ctr.api.types.transfer import transfer_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Protocol, Self, TextIO
+
+    from pctr.light_transfer import Progress as Report
+
+    class Display(Protocol):
+        """Shows progress for the length of a block."""
+
+        def update(self, progress: Report) -> None:
+            """One report."""
+
+        def __enter__(self) -> Self: ...
+
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None,
+        ) -> None: ...
+
 
 _DONE = ("complete", "done", "extracted", "unpacked", "already exists", "exists", "saved", "pushed", "uploaded")
-
-
-class Display(Protocol):
-    """Shows progress for the length of a block."""
-
-    def update(self, progress: transfer_pb2.Progress) -> None:
-        """One report."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        ...
 
 
 def display(quiet: bool, stream: TextIO = sys.stderr) -> Display:
@@ -40,7 +45,7 @@ def short(name: str) -> str:
 
 
 class _Silent:
-    def update(self, progress: transfer_pb2.Progress) -> None:
+    def update(self, progress: Report) -> None:
         """Nothing."""
 
     def __enter__(self) -> Self:
@@ -57,15 +62,14 @@ class _Lines(_Silent):
         self._stream = stream
         self._seen: dict[str, str] = {}
 
-    def update(self, progress: transfer_pb2.Progress) -> None:
+    def update(self, progress: Report) -> None:
         """A line whenever the state of a part changes."""
         name = plain(short(progress.name) if progress.name else "")
         state = plain(progress.event)
         if self._seen.get(name) == state:
             return
         self._seen[name] = state
-        total = progress.total or progress.desc.size
-        size = f"  {human_size(total)}" if total and name else ""
+        size = f"  {human_size(progress.size)}" if progress.size and name else ""
         self._stream.write(f"{name + ': ' if name else ''}{state}{size}\n")
         self._stream.flush()
 
@@ -90,11 +94,11 @@ class _Bars(_Silent):
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def update(self, progress: transfer_pb2.Progress) -> None:
+    def update(self, progress: Report) -> None:
         """Move the part's bar."""
         name = plain(short(progress.name) or progress.event)
         state = plain(progress.event)
-        total = progress.total or progress.desc.size or None
+        total = progress.size or None
         if name not in self._tasks:
             self._tasks[name] = int(self._bars.add_task(name, total=total, state=state))
         finished = state.lower() in _DONE

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
+from pctr import light_transfer as messages
 from pctr.command import Context, Failed
 from pctr.image_config import host_platform, normalise
 from pctr.progress import display
-from pctr.transfer import Sink, Transfer
+from pctr.transfer import Transfer
 from supervisord_ctr import errors
-from supervisord_ctr.api.types import types_pb2
-from supervisord_ctr.api.types.transfer import transfer_pb2
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pctr.transfer import Sink
     from supervisord_ctr.images.auth import Credentials
 
 
-class RegistryOptions(NamedTuple):
+class RegistryOptions:
     """How to reach a registry."""
 
-    user: str = ""
-    plain_http: bool = False
-    hosts_dir: str = ""
-    skip_verify: bool = False
-    local: bool = False
+    __slots__ = ("hosts_dir", "local", "plain_http", "skip_verify", "user")
+
+    def __init__(
+        self, user: str = "", plain_http: bool = False, hosts_dir: str = "", skip_verify: bool = False,
+        local: bool = False,
+    ) -> None:
+        self.user = user
+        self.plain_http = plain_http
+        self.hosts_dir = hosts_dir
+        self.skip_verify = skip_verify
+        self.local = local
 
     @property
     def by_daemon(self) -> bool:
@@ -34,12 +41,12 @@ class RegistryOptions(NamedTuple):
         return not (self.local or self.skip_verify)
 
 
-def parse_platform(text: str) -> types_pb2.Platform:
+def parse_platform(text: str) -> messages.Platform:
     """`linux/arm/v7` as a message."""
     words = [*text.split("/"), "", ""]
     if len(words) < 4:
         words = ["linux", *words]
-    return types_pb2.Platform(os=words[0], architecture=words[1], variant=words[2])
+    return messages.Platform(os=words[0], architecture=words[1], variant=words[2])
 
 
 def with_password(login: str) -> str:
@@ -76,10 +83,10 @@ def credentials_for(name: str, user: str) -> Credentials | None:
     return DockerConfig(Path(path))
 
 
-def resolver(name: str, options: RegistryOptions, transfer: Transfer) -> transfer_pb2.RegistryResolver:
+def resolver(name: str, options: RegistryOptions, transfer: Transfer) -> messages.RegistryResolver:
     """What the daemon needs to know about the registry."""
     credentials = credentials_for(name, options.user)
-    message = transfer_pb2.RegistryResolver(host_dir=os.path.abspath(options.hosts_dir) if options.hosts_dir else "")
+    message = messages.RegistryResolver(host_dir=os.path.abspath(options.hosts_dir) if options.hosts_dir else "")
     if options.plain_http:
         message.default_scheme = "http"
     if credentials is not None:
@@ -114,12 +121,12 @@ def _pull_by_daemon(
     options: RegistryOptions, sink: Sink,
 ) -> None:
     transfer = Transfer(context.client)
-    store = transfer_pb2.ImageStore(name=name, labels=labels, platforms=map(parse_platform, platforms))
+    store = messages.ImageStore(name=name, labels=labels, platforms=list(map(parse_platform, platforms)))
     if snapshotter:
         for platform in platforms or [host_platform()]:
-            store.unpacks.append(transfer_pb2.UnpackConfiguration(
+            store.unpacks.append(messages.UnpackConfiguration(
                 platform=parse_platform(platform), snapshotter=snapshotter))
-    source = transfer_pb2.OCIRegistry(reference=name, resolver=resolver(name, options, transfer))
+    source = messages.OCIRegistry(reference=name, resolver=resolver(name, options, transfer))
     transfer.run(source, store, sink)
 
 
@@ -134,8 +141,8 @@ def push_image(
             try:
                 transfer = Transfer(context.client)
                 transfer.run(
-                    transfer_pb2.ImageStore(name=local_name, platforms=map(parse_platform, platforms)),
-                    transfer_pb2.OCIRegistry(reference=remote_name, resolver=resolver(remote_name, options, transfer)),
+                    messages.ImageStore(name=local_name, platforms=list(map(parse_platform, platforms))),
+                    messages.OCIRegistry(reference=remote_name, resolver=resolver(remote_name, options, transfer)),
                     sink,
                 )
                 return

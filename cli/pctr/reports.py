@@ -6,16 +6,14 @@ They go through `Introspection.PluginInfo`, whose options and answer may be anyt
 
 from __future__ import annotations
 
-from typing import Any
-
-from google.protobuf import any_pb2
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.struct_pb2 import Struct
-
-from pctr.command import Context
 from pctr.rpc import INTROSPECTION
 from supervisord_ctr import errors
-from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pctr.command import Context
 
 STRUCT_URL = "google.protobuf.Struct"
 GC_PART = ("io.containerd.gc.v1", "scheduler")
@@ -26,6 +24,12 @@ EXPLAIN_PART = ("io.supervisord-ctr.explain.v1", "explain")
 
 def ask(context: Context, kind: str, name: str, question: dict[str, Any]) -> dict[str, Any] | None:
     """A part's answer to a question; None when it has none. Raises `NotFound` when there is no such part."""
+    from google.protobuf import any_pb2
+    from google.protobuf.json_format import MessageToDict
+    from google.protobuf.struct_pb2 import Struct
+
+    from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
+
     options = Struct()
     options.update(question)
     request = introspection_pb2.PluginInfoRequest(

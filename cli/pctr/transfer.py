@@ -5,52 +5,49 @@ Owns one transfer at a time. A daemon without the service answers `Unimplemented
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO, Protocol
-
-from google.protobuf.any_pb2 import Any
-from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import Message
-
+from pctr import light_transfer as messages
 from pctr.command import new_id
+from pctr.light import Any_ as Any
+from pctr.light import Empty, Message
 from pctr.reports import DOCTOR_PART
 from pctr.rpc import INTROSPECTION, STREAMING, TRANSFER, Call, Client
 from supervisord_ctr import errors
-from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
-from supervisord_ctr.api.services.streaming.v1 import streaming_pb2
-from supervisord_ctr.api.services.transfer.v1 import transfer_pb2 as service_pb2
-from supervisord_ctr.api.types.transfer import transfer_pb2
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import BinaryIO, Protocol
+
     from supervisord_ctr.images.auth import Credentials
 
+    class Sink(Protocol):
+        """Where progress goes; `pctr.progress` has two."""
+
+        def update(self, progress: messages.Progress) -> None:
+            """One report."""
+
+
 _DATA_CHUNK = 32 << 10
-Progress = transfer_pb2.Progress
-
-
-class Sink(Protocol):
-    """Where progress goes; `pctr.progress` has two."""
-
-    def update(self, progress: Progress) -> None:
-        """One report."""
 
 
 def pack(message: Message) -> Any:
     """A message as containerd packs it: the type URL is the bare name."""
-    return Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
+    if not message.NAME:
+        raise TypeError(f"{type(message).__name__} does not state its full name")
+    return Any(type_url=message.NAME, value=message.SerializeToString())
 
 
-def answer(credentials: Credentials, request: transfer_pb2.AuthRequest) -> transfer_pb2.AuthResponse:
+def answer(credentials: Credentials, request: messages.AuthRequest) -> messages.AuthResponse:
     """What to tell the daemon about a host; nothing for hosts that no credentials are for (S15)."""
     import asyncio
 
     found = asyncio.run(credentials.get(request.host))
     if found.header:
-        return transfer_pb2.AuthResponse(authType=transfer_pb2.HEADER, secret=found.header)
+        return messages.AuthResponse(authType=messages.HEADER, secret=found.header)
     if not found:
-        return transfer_pb2.AuthResponse(authType=transfer_pb2.NONE)
-    kind = transfer_pb2.CREDENTIALS if found.username else transfer_pb2.REFRESH
-    return transfer_pb2.AuthResponse(authType=kind, username=found.username, secret=found.secret)
+        return messages.AuthResponse(authType=messages.NONE)
+    kind = messages.CREDENTIALS if found.username else messages.REFRESH
+    return messages.AuthResponse(authType=kind, username=found.username, secret=found.secret)
 
 
 #: Parts that only daemons have whose transfers heed what a request says of hosts: this one, and containerd from 2.0 on.
@@ -65,8 +62,8 @@ class Transfer:
     """
 
     def __init__(self, client: Client) -> None:
-        request = introspection_pb2.PluginsRequest(filters=_WHOLE)
-        if not client.unary(INTROSPECTION + "Plugins", request, introspection_pb2.PluginsResponse).plugins:
+        request = messages.PluginsRequest(filters=_WHOLE)
+        if not client.unary(INTROSPECTION + "Plugins", request, messages.PluginsResponse).plugins:
             raise errors.Unimplemented("the daemon has no transfer service, or an early one")
         self._client = client
         self._handlers: list[tuple[Call[Any], Callable[[Call[Any], Any], None]]] = []
@@ -76,7 +73,7 @@ class Transfer:
         """A stream whose messages go to `handle`; returns the id to state in the request."""
         name = f"pctr-{new_id()}"
         call = self._client.stream(STREAMING + "Stream", Any)
-        call.send(pack(streaming_pb2.StreamInit(id=name)))
+        call.send(pack(messages.StreamInit(id=name)))
         call.receive()  # the daemon's acknowledgement
         self._handlers.append((call, handle))
         return name
@@ -85,7 +82,7 @@ class Transfer:
         """A stream on which the daemon asks for credentials."""
 
         def handle(call: Call[Any], message: Any) -> None:
-            call.send(pack(answer(credentials, transfer_pb2.AuthRequest.FromString(message.value))))
+            call.send(pack(answer(credentials, messages.AuthRequest.FromString(message.value))))
 
         return self.open_stream(handle)
 
@@ -93,12 +90,12 @@ class Transfer:
         """A stream whose data is written to `target`; the daemon is told how much it may send."""
 
         def handle(call: Call[Any], message: Any) -> None:
-            data = transfer_pb2.Data.FromString(message.value).data
+            data = messages.Data.FromString(message.value).data
             target.write(data)
-            call.send(pack(transfer_pb2.WindowUpdate(update=len(data))))
+            call.send(pack(messages.WindowUpdate(update=len(data))))
 
         name = self.open_stream(handle)
-        self._handlers[-1][0].send(pack(transfer_pb2.WindowUpdate(update=2 * _DATA_CHUNK)))
+        self._handlers[-1][0].send(pack(messages.WindowUpdate(update=2 * _DATA_CHUNK)))
         return name
 
     def sending_from(self, source: BinaryIO) -> str:
@@ -111,13 +108,13 @@ class Transfer:
 
     def run(self, source: Message, destination: Message, sink: Sink | None) -> None:
         """The transfer; returns when it is done, raises what it failed with."""
-        options = service_pb2.TransferOptions()
+        options = messages.TransferOptions()
         if sink is not None:
             def show(_: Call[Any], message: Any) -> None:
-                sink.update(transfer_pb2.Progress.FromString(message.value))
+                sink.update(messages.Progress.FromString(message.value))
 
             options.progress_stream = self.open_stream(show)
-        call = self._client.start(TRANSFER + "Transfer", service_pb2.TransferRequest(
+        call = self._client.start(TRANSFER + "Transfer", messages.TransferRequest(
             source=pack(source), destination=pack(destination), options=options), Empty)
         connection = self._client.connection
         try:
@@ -162,7 +159,7 @@ class _Feed:
 
     def allow(self, _: Call[Any], message: Any) -> None:
         """The daemon grants more."""
-        self._window += transfer_pb2.WindowUpdate.FromString(message.value).update
+        self._window += messages.WindowUpdate.FromString(message.value).update
 
     def step(self) -> bool:
         """Send one piece if one may be sent."""
@@ -171,7 +168,7 @@ class _Feed:
         data = self._source.read(min(_DATA_CHUNK, self._window))
         if data:
             self._window -= len(data)
-            self.call.send(pack(transfer_pb2.Data(data=data)))
+            self.call.send(pack(messages.Data(data=data)))
         else:
             self._ended = True
             self.call.close_send()

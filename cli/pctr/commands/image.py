@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from pctr import output
 from pctr.command import (
     Command,
@@ -19,7 +17,10 @@ from pctr.command import (
 )
 from supervisord_ctr import errors
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pctr.command import Arguments
     from pctr.image_tree import Node
     from pctr.pulling import RegistryOptions

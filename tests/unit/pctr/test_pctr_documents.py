@@ -42,6 +42,13 @@ def test_what_has_no_form_is_refused(value: object) -> None:
         documents.dumps(value)
 
 
+def _loads(program: str) -> list[str]:
+    """What a program prints that starts with nothing loaded, not even site."""
+    done = subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path[:0] = sys.argv[1].split(':')\n" + program,
+                           ":".join(sys.path)], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()
+
+
 def test_a_run_loads_little() -> None:
     """Each of these takes longer than a call; they are easily brought back by an import somewhere."""
     program = (
@@ -53,9 +60,17 @@ def test_a_run_loads_little() -> None:
         "         'types')\n"
         "print(*[name for name in heavy if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path[:0] = sys.argv[1].split(':')\n" + program,
-                           ":".join(sys.path)], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == []
+    assert _loads(program) == []
+
+
+def test_a_pull_loads_neither_protobuf_nor_typing() -> None:
+    program = (
+        "import sys\n"
+        "import pctr.__main__, pctr.commands.image, pctr.pulling, pctr.transfer, pctr.progress\n"
+        "heavy = ('typing', 're', 'json', 'google.protobuf', 'datetime', 'enum', 'contextlib', 'collections')\n"
+        "print(*[name for name in heavy if name in sys.modules])"
+    )
+    assert _loads(program) == []
 
 
 def test_the_installed_script_is_ours() -> None:

@@ -6,17 +6,21 @@ from typing import Any
 
 import pytest
 from google.protobuf import any_pb2, empty_pb2, field_mask_pb2, timestamp_pb2
-from pctr import light
+from pctr import light, light_transfer, transfer
 from pctr.commands import pod_stream
 
 from supervisord_ctr.api.cri.v1 import cri_pb2
 from supervisord_ctr.api.services.containers.v1 import containers_pb2
 from supervisord_ctr.api.services.content.v1 import content_pb2
 from supervisord_ctr.api.services.images.v1 import images_pb2
+from supervisord_ctr.api.services.introspection.v1 import introspection_pb2
 from supervisord_ctr.api.services.snapshots.v1 import snapshots_pb2
+from supervisord_ctr.api.services.streaming.v1 import streaming_pb2
 from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
+from supervisord_ctr.api.services.transfer.v1 import transfer_pb2 as transfer_service_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2
+from supervisord_ctr.api.types.transfer import transfer_pb2
 
 TWINS: list[tuple[type[light.Message], list[Any]]] = [
     (light.Empty, [empty_pb2.Empty]),
@@ -56,6 +60,25 @@ TWINS: list[tuple[type[light.Message], list[Any]]] = [
     (light.CloseIORequest, [tasks_pb2.CloseIORequest]),
     (light.Process, [task_pb2.Process]),
     (light.GetProcessResponse, [tasks_pb2.GetResponse]),
+    (light_transfer.Platform, [types_pb2.Platform]),
+    (light_transfer.RegistryResolver, [transfer_pb2.RegistryResolver]),
+    (light_transfer.OCIRegistry, [transfer_pb2.OCIRegistry]),
+    (light_transfer.ImageReference, [transfer_pb2.ImageReference]),
+    (light_transfer.UnpackConfiguration, [transfer_pb2.UnpackConfiguration]),
+    (light_transfer.ImageStore, [transfer_pb2.ImageStore]),
+    (light_transfer.ImageImportStream, [transfer_pb2.ImageImportStream]),
+    (light_transfer.ImageExportStream, [transfer_pb2.ImageExportStream]),
+    (light_transfer.Progress, [transfer_pb2.Progress]),
+    (light_transfer.Data, [transfer_pb2.Data]),
+    (light_transfer.WindowUpdate, [transfer_pb2.WindowUpdate]),
+    (light_transfer.AuthRequest, [transfer_pb2.AuthRequest]),
+    (light_transfer.AuthResponse, [transfer_pb2.AuthResponse]),
+    (light_transfer.StreamInit, [streaming_pb2.StreamInit]),
+    (light_transfer.TransferOptions, [transfer_service_pb2.TransferOptions]),
+    (light_transfer.TransferRequest, [transfer_service_pb2.TransferRequest]),
+    (light_transfer.PluginsRequest, [introspection_pb2.PluginsRequest]),
+    (light_transfer.Plugin, [introspection_pb2.Plugin]),
+    (light_transfer.PluginsResponse, [introspection_pb2.PluginsResponse]),
     (pod_stream.ExecRequest, [cri_pb2.ExecRequest]),
     (pod_stream.AttachRequest, [cri_pb2.AttachRequest]),
     (pod_stream.PortForwardRequest, [cri_pb2.PortForwardRequest]),
@@ -73,6 +96,8 @@ def _filled(kind: type[light.Message], depth: int = 0) -> light.Message:
             values[name] = bytes(range(200))
         elif field == light.UINT:
             values[name] = number + 300
+        elif field == light.INT:
+            values[name] = -number - 300
         elif field == light.BOOL:
             values[name] = True
         elif field == light.STRINGS:
@@ -97,6 +122,9 @@ def test_same_bytes_both_ways(kind: type[light.Message], twin: Any) -> None:
     assert kind.FromString(data) == message
     fields = twin.DESCRIPTOR.fields_by_number
     assert all(fields[number].name == name for number, (name, _) in kind.FIELDS.items())
+    assert kind.NAME in ("", twin.DESCRIPTOR.full_name)
+    kinds = {name: getattr(read, name) for name, field in kind.FIELDS.values() if field in (light.UINT, light.INT)}
+    assert kinds == {name: getattr(message, name) for name in kinds}
 
 
 def test_every_light_message_has_a_twin() -> None:
@@ -124,3 +152,15 @@ def test_what_is_no_message_is_an_error(data: bytes) -> None:
 def test_an_unknown_field_name_is_a_mistake() -> None:
     with pytest.raises(TypeError):
         light.Mount(tpye="bind")
+
+
+def test_kinds_of_credentials_have_their_numbers() -> None:
+    assert {name: getattr(light_transfer, name) for name in transfer_pb2.AuthType.keys()} == dict(
+        transfer_pb2.AuthType.items())
+
+
+def test_what_travels_inside_an_any_states_its_name() -> None:
+    packed = transfer.pack(light_transfer.Data(data=b"x"))
+    assert (packed.type_url, packed.value) == ("containerd.types.transfer.Data", b"\x0a\x01x")
+    with pytest.raises(TypeError):
+        transfer.pack(light_transfer.Platform(os="linux"))
