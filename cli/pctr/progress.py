@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Protocol, Self, TextIO
 
+    from rich.progress import TaskID
+
     from pctr.light_transfer import Progress as Report
 
     class Display(Protocol):
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 
 _DONE = ("complete", "done", "extracted", "unpacked", "already exists", "exists", "saved", "pushed", "uploaded")
+
+#: As wide as "downloading", the longest of the usual ones.
+_STATE_WIDTH = 11
 
 
 def display(quiet: bool, stream: TextIO = sys.stderr) -> Display:
@@ -75,17 +80,24 @@ class _Lines(_Silent):
 
 
 class _Bars(_Silent):
-    """Live bars by rich."""
+    """Live bars by rich, one for each blob; what is said of the whole is a line above them."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.table import Column
 
+        # The bar takes what the others leave; nothing else may grow, or there is no room for it on a narrow terminal.
         self._bars = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
-            TransferSpeedColumn(), TextColumn("{task.fields[state]}", markup=False), console=Console(file=stream),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            DownloadColumn(binary_units=True, table_column=Column(no_wrap=True, justify="right")),
+            TransferSpeedColumn(table_column=Column(no_wrap=True, justify="right")),
+            TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, width=_STATE_WIDTH)),
+            console=Console(file=stream), expand=True,
         )
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._said = ""
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -95,14 +107,17 @@ class _Bars(_Silent):
         self._bars.stop()
 
     def update(self, progress: Report) -> None:
-        """Move the part's bar."""
-        name = plain(short(progress.name) or progress.event)
-        state = plain(progress.event)
-        total = progress.size or None
+        """Move the blob's bar."""
+        name, state = plain(short(progress.name)), plain(progress.event)
+        if ":" not in name or "/" in name:
+            said = f"{name}: {state}" if name else state
+            if said != self._said:
+                self._bars.console.print(said, markup=False, highlight=False, soft_wrap=True)
+            self._said = said
+            return
         if name not in self._tasks:
-            self._tasks[name] = int(self._bars.add_task(name, total=total, state=state))
+            shown = name.replace("-sha256:", " ")
+            self._tasks[name] = self._bars.add_task(shown, total=progress.size or None, state=state)
         finished = state.lower() in _DONE
-        completed = total if finished and total else progress.progress
-        from rich.progress import TaskID
-
-        self._bars.update(TaskID(self._tasks[name]), total=total, completed=completed or 0, state=state)
+        completed = progress.size if finished and progress.size else progress.progress
+        self._bars.update(self._tasks[name], total=progress.size or None, completed=completed or 0, state=state)
