@@ -268,7 +268,7 @@ def snapshotters(settings: Settings, root: Path, engine: Engine, executors: Exec
     """Our own, and those that other programs serve."""
     made: dict[str, Snapshotter] = {
         "overlayfs": OverlaySnapshotter(
-            root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors, remap_ids=supports_idmap()),
+            root / "snapshots" / "overlayfs", engine.records("overlayfs"), executors, remap_ids=supports_idmap(root)),
         "native": NativeSnapshotter(root / "snapshots" / "native", engine.records("native"), executors),
     }
     for name, plugin in settings.proxy_plugins.items():

@@ -175,7 +175,7 @@ async def _specification(
         ),
         image_name=config.image.user_specified_image or container.image_name,
         files=core.environments.files(pod.id), places=places, handler=handler,
-        systemd=core.systemd_cgroups(handler_name), features=features(), volumes=volumes,
+        systemd=core.systemd_cgroups(handler_name), features=features(core.root), volumes=volumes,
         seccomp_default=core.settings.cri.seccomp_default, cdi_folders=core.settings.cri.cdi_dirs,
         id_mapped=core.id_mapped_folder(container.id), selinux=labels,
     )
@@ -192,9 +192,12 @@ async def _specification(
     return builder
 
 
-def features() -> container_mounts.Features:
-    """What mounts can do here. Recursive read-only needs mount_setattr(2), in every kernel from 5.12 on."""
-    return container_mounts.Features(recursive_read_only=True, idmap=system_mounts.supports_idmap())
+def features(root: Path) -> container_mounts.Features:
+    """What mounts can do here, with snapshots below the file system of `root`.
+
+    Recursive read-only needs mount_setattr(2), in every kernel from 5.12 on.
+    """
+    return container_mounts.Features(recursive_read_only=True, idmap=system_mounts.supports_idmap(root))
 
 
 def resources_of(builder: SpecBuilder, asked: pb.LinuxContainerResources) -> pb.LinuxContainerResources:

@@ -36,7 +36,7 @@ async def status(core: Core, verbose: bool) -> pb.StatusResponse:
             message=f"Network plugin returns error: {reason}" if reason else "",
         ),
     ]
-    able = features()
+    able = features(core.root)
     handler_features = pb.RuntimeHandlerFeatures(
         recursive_read_only_mounts=able.recursive_read_only, user_namespaces=able.idmap
     )

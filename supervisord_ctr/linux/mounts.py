@@ -428,15 +428,25 @@ def idmap_mount(
     The copy follows what is mounted in `source` later on, never the other way round: where mounts are shared, as
     systemd makes them, what is taken away from below the copy would be taken from `source` as well.
     """
+    with _idmapped(source, userns, attributes=attributes, recursive=recursive, map_below=map_below) as tree:
+        libc.syscall(
+            libc.SYS_MOVE_MOUNT, tree, b"", libc.AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH, path=target
+        )
+
+
+@contextlib.contextmanager
+def _idmapped(
+    source: str | os.PathLike[str], userns: int, *, attributes: int = 0, recursive: bool = False,
+    map_below: bool = True,
+) -> Iterator[int]:
+    """The copy of `idmap_mount` as a descriptor; it goes with the block unless it was mounted somewhere."""
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc.AT_EMPTY_PATH | (libc.AT_RECURSIVE if recursive else 0)
     tree = libc.syscall(libc.SYS_OPEN_TREE, libc.AT_FDCWD, os.fsencode(source), flags, path=source)
     try:
         set_attributes("", propagation=MS_SLAVE, recursive=recursive, dir_fd=tree)
         deep = recursive and map_below
         set_attributes("", set_=MOUNT_ATTR_IDMAP | attributes, userns=userns, recursive=deep, dir_fd=tree)
-        libc.syscall(
-            libc.SYS_MOVE_MOUNT, tree, b"", libc.AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH, path=target
-        )
+        yield tree
     finally:
         os.close(tree)
 
@@ -484,28 +494,23 @@ def _idmapped_lower(data: tuple[str, ...], userns: int) -> Iterator[tuple[str, .
         os.rmdir(folder)
 
 
-_idmap_supported: bool | None = None
+#: Whether the file system of that device can be id-mapped, once it was asked for.
+_idmap_supported: dict[int, bool] = {}
 
 
-def supports_idmap() -> bool:
-    """Whether this kernel and these privileges can id-map a mount (asked once, on a temporary folder)."""
-    global _idmap_supported
-    if _idmap_supported is None:
-        _idmap_supported = _probe_idmap()
-    return _idmap_supported
+def supports_idmap(folder: str | os.PathLike[str]) -> bool:
+    """Whether this kernel can, and we may, id-map mounts of the file system that holds `folder`; asked once for each.
 
-
-def _probe_idmap() -> bool:
-    folder = _temporary_folder("pctr-probe-")
-    try:
-        with user_namespace("0:65536:1", "0:65536:1") as userns:
-            idmap_mount(folder, folder, userns)
-        return True
-    except OSError:
-        return False
-    finally:
-        unmount_all(folder)
-        os.rmdir(folder)
+    It depends on the file system: ext4 can since Linux 5.12, tmpfs since 6.3 (mount_setattr(2)).
+    """
+    device = os.stat(folder).st_dev
+    if device not in _idmap_supported:
+        try:
+            with user_namespace("0:65536:1", "0:65536:1") as userns, _idmapped(folder, userns):
+                _idmap_supported[device] = True
+        except OSError:
+            _idmap_supported[device] = False
+    return _idmap_supported[device]
 
 
 _LOOP_CTL_GET_FREE = 0x4C82

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisord_ctr.errors import InvalidArgument
-from supervisord_ctr.linux import mounts
+from supervisord_ctr.linux import libc, mounts
 from supervisord_ctr.model import Mount
 
 
@@ -144,7 +145,7 @@ def test_temporary_mounts_leave_nothing(folder: Path) -> None:
 
 
 def test_idmapped_mounts_shift_owners(folder: Path) -> None:
-    if not mounts.supports_idmap():
+    if not mounts.supports_idmap(folder):
         pytest.skip("this kernel has no id-mapped mounts")
     for name in ("source", "target"):
         (folder / name).mkdir()
@@ -157,16 +158,16 @@ def test_idmapped_mounts_shift_owners(folder: Path) -> None:
 
 def test_idmapped_mounts_leave_their_shared_source_alone(folder: Path) -> None:
     """Mounts of a host with systemd are shared: what happens to a copy happens to its source, unless it is cut off."""
-    if not mounts.supports_idmap():
+    if not mounts.supports_idmap(folder):
         pytest.skip("this kernel has no id-mapped mounts")
     shared = folder / "shared"
-    for path in (shared, folder / "target"):
+    for path in (shared, folder / "target", folder / "other"):
         path.mkdir()
-    mounts.mount_all([Mount("tmpfs", "tmpfs")], shared)
+    mounts.mount_all([Mount("bind", str(shared), ("rbind",))], shared)  # tmpfs can be id-mapped from Linux 6.3 on only
     mounts.mount("", str(shared), "", mounts.MS_SHARED)
     (shared / "source" / "below").mkdir(parents=True)
     (shared / "source" / "file").touch()
-    mounts.mount_all([Mount("tmpfs", "tmpfs")], shared / "source" / "below")
+    mounts.mount_all([Mount("bind", str(folder / "other"), ("bind",))], shared / "source" / "below")
     mounts.mount("", str(shared / "source" / "below"), "", mounts.MS_SHARED)
     before = mounts.mounts_below(shared)
     options = ("rbind", "uidmap=0:1000:10", "gidmap=0:2000:10")
@@ -188,7 +189,7 @@ def _idmap(source: Path, target: Path) -> None:
 
 
 def test_idmapped_overlays_shift_their_lower_layers(folder: Path) -> None:
-    if not mounts.supports_idmap():
+    if not mounts.supports_idmap(folder):
         pytest.skip("this kernel has no id-mapped mounts")
     for name in ("layers/1", "layers/2", "upper", "work", "target"):
         (folder / name).mkdir(parents=True)
@@ -203,3 +204,31 @@ def test_idmapped_overlays_shift_their_lower_layers(folder: Path) -> None:
 def test_id_maps_are_checked(text: str) -> None:
     with pytest.raises(InvalidArgument), mounts.user_namespace(text, "0:1:1"):
         raise AssertionError("unreachable")
+
+
+def test_each_file_system_is_asked_for_itself_and_nothing_stays_mounted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A temporary folder on a tmpfs, which cannot be id-mapped before Linux 6.3, says nothing of the data's disk."""
+    asked: list[int] = []
+    syscall = libc.syscall
+
+    def refuse_tmpfs(number: int, *arguments: object, **rest: object) -> int:
+        if number == libc.SYS_OPEN_TREE:
+            asked.append(os.stat(os.fsdecode(arguments[1])).st_dev)  # type: ignore[arg-type]
+        if number == libc.SYS_MOUNT_SETATTR and asked[-1] == other.stat().st_dev:
+            raise OSError(errno.EINVAL, "cannot be id-mapped")
+        return syscall(number, *arguments, **rest)  # type: ignore[arg-type]
+
+    supported = mounts.supports_idmap(folder)
+    other = folder / "other"
+    other.mkdir()
+    mounts.mount_all([Mount("tmpfs", "tmpfs")], other)
+    before = mounts.mounts_below(folder)
+    monkeypatch.setattr(libc, "syscall", refuse_tmpfs)
+    monkeypatch.setattr(mounts, "_idmap_supported", {})
+    for _ in range(2):
+        assert not mounts.supports_idmap(other)
+        assert mounts.supports_idmap(folder) == supported
+    assert asked == [other.stat().st_dev, folder.stat().st_dev], "once for each"
+    assert mounts.mounts_below(folder) == before
