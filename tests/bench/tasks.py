@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import statistics
@@ -11,6 +12,7 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tests.bench import spec
 from tests.bench.measure import Case, Row, Session, Values, timed
@@ -134,7 +136,7 @@ class RunCommand(Tasks):
     """`run --rm` of `true` from the command line, and plain `runc run`."""
 
     name = "run"
-    text = "pctr run --rm and ctr run --rm of `true` as whole processes; the limit is plain `runc run`"
+    text = "pctr run --rm and ctr run --rm of `true` as whole processes; the limit is plain `runc run` of what pctr runs"
     rows = (Row("command: run --rm true", "ms", 1.0),)
 
     def measure(self, session: Session, subject: Subject) -> Values:
@@ -145,17 +147,26 @@ class RunCommand(Tasks):
         return {self.rows[0].name: statistics.median(taken) * 1000}
 
     def limit(self, session: Session) -> Values:
-        with Bundle(session) as bundle:
+        ours = next(subject for subject in session.subjects if subject.name == "ours")
+        made: dict[str, Any] = json.loads(subprocess.run(
+            [*ours.cli, "oci", "spec", "true"], check=True, capture_output=True).stdout)
+        with Bundle(session, made) as bundle:
             return {self.rows[0].name: statistics.median(bundle.run() for _ in range(TIMES)) * 1000}
 
 
 class Bundle:
-    """A bundle on an overlay mount, for plain runc: what the runtime alone takes for the same config.json."""
+    """A bundle on an overlay mount, for plain runc: what the runtime alone takes for the same config.json.
 
-    def __init__(self, session: Session) -> None:
+    `config` is the one to use, the benchmark's own by default; its root and its cgroup are set here.
+    """
+
+    def __init__(self, session: Session, config: dict[str, Any] | None = None) -> None:
         self._session = session
         self.folder = session.work / "runc"
         self._cgroup = f"/{session.work.name}-runc"
+        self._config = config or json.loads(spec.container(["true"], ""))
+        self._config["root"] = {"path": "rootfs"}
+        self._config["linux"]["cgroupsPath"] = f"{self._cgroup}/true"
 
     def __enter__(self) -> Bundle:
         layer = self.folder / "lower"
@@ -165,7 +176,7 @@ class Bundle:
                 tar.extractall(layer, filter="fully_trusted")
             for name in ("upper", "work", "rootfs"):
                 (self.folder / name).mkdir()
-            (self.folder / "config.json").write_bytes(spec.container(["true"], f"{self._cgroup}/true"))
+            (self.folder / "config.json").write_text(json.dumps(self._config))
         options = f"lowerdir={layer},upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.folder / "rootfs")], check=True)
         return self
