@@ -261,9 +261,7 @@ def _family(pid: int) -> tuple[list[int], list[int]]:
     """Children of a shim: its workers, and what it runs."""
     workers: list[int] = []
     others: list[int] = []
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        children = [int(word) for word in file.read().split()]
-    for child in children:
+    for child in processes.children(pid):
         with contextlib.suppress(OSError), open(f"/proc/{child}/comm", encoding="utf-8", errors="replace") as name:
             (workers if name.read().strip() == _WORKER_NAME else others).append(child)
     return workers, others

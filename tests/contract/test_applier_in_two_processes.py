@@ -16,6 +16,7 @@ from supervisord_ctr.diff.pool import Job, UnpackPool
 from supervisord_ctr.diff.stream import Applied
 from supervisord_ctr.errors import Cancelled, Error, ResourceExhausted
 from supervisord_ctr.linux.mounts import mount_all, unmount_all
+from supervisord_ctr.linux.processes import children
 from supervisord_ctr.model import Mount
 from tests.support.daemon import wait_until
 from tests.support.images import Member, file, folder, hard_link, layer, opaque, symlink, whiteout
@@ -144,15 +145,11 @@ async def test_a_full_disk_is_told_whoever_met_it(pool: UnpackPool, small_disk: 
         await job.result()
 
 
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 async def _maker(pool: UnpackPool, job: Job) -> tuple[int, int]:
     """Process ids of the worker and of its maker."""
     async with asyncio.timeout(30):
         while True:
-            if job._worker is not None and (made := _children(job._worker.pid)):
+            if job._worker is not None and (made := children(job._worker.pid)):
                 return job._worker.pid, made[0]
             await asyncio.sleep(0.005)
 

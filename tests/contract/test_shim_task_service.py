@@ -20,6 +20,7 @@ from supervisord_ctr.api.runc.v1 import options_pb2
 from supervisord_ctr.api.runtime.task.v3 import task_pb2 as api
 from supervisord_ctr.api.types.task import task_pb2 as types
 from supervisord_ctr.linux import cgroups, mounts
+from supervisord_ctr.linux.processes import children
 from tests.support.shim import KINDS, PATIENCE, Lab, Zygote, laboratory, read_all
 
 #: containerd's shim answers many refusals with a code of unknown.
@@ -351,8 +352,7 @@ async def test_orphans_are_reaped(lab: Lab) -> None:
     await shim.delete("c", "e1")
 
     def zombies() -> list[int]:
-        children = Path(f"/proc/{shim.pid}/task/{shim.pid}/children").read_text().split()
-        return [int(pid) for pid in children if not _runs(int(pid))]
+        return [pid for pid in children(shim.pid) if not _runs(pid)]
 
     group = cgroups.at(f"/{lab.namespace}/c")
     await wait_until(lambda: len(group.pids()) == 1, PATIENCE, "the orphan to end")

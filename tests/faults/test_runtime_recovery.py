@@ -22,6 +22,7 @@ from supervisord_ctr.api.types.task import task_pb2
 from supervisord_ctr.runtime import bundle, shims, tasks
 from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, roots, shim_pid
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
+from tests.support.shim import zygote_of
 
 #: Trace points of this room, walked below.
 POINTS = sorted(name for name in faults.POINTS if name.startswith("runtime."))
@@ -45,14 +46,9 @@ def client_of(daemon: DaemonProcess, root: Path, runtime: str = OWN) -> Iterator
 
 
 def zygote_pid(daemon: DaemonProcess) -> int:
-    """Pid of the daemon's zygote."""
+    """Pid of the daemon's zygote; 0 when it has none just now."""
     assert daemon.process is not None
-    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
-    for pid in children:
-        with contextlib.suppress(OSError):
-            if b"pctr_shim.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return int(pid)
-    return 0
+    return zygote_of(daemon.process.pid)
 
 
 def bundle_of(daemon: DaemonProcess, name: str) -> Path:

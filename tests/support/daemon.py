@@ -217,6 +217,7 @@ def running_daemon(config: str = "", environment: dict[str, str] | None = None, 
         if check_leaks:
             with contextlib.suppress(AssertionError):
                 wait_until(lambda: not daemon.leaks(), "nothing left behind", 30)
-            assert daemon.leaks() == [], f"left behind:\n{daemon.log_tail()}"
+            left = daemon.leaks()
+            assert left == [], f"left behind: {left}\n{daemon.log_tail()}"
     finally:
         daemon.clean()

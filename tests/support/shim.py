@@ -34,6 +34,7 @@ from supervisord_ctr.api.services.ttrpc.events.v1 import events_pb2 as forward_p
 from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.linux import mounts
+from supervisord_ctr.linux.processes import children
 from supervisord_ctr.ttrpc.client import Client, connect_until
 from supervisord_ctr.ttrpc.server import Context, Method, Server, listen
 
@@ -59,11 +60,20 @@ def make_rootfs(folder: Path) -> Path:
 def children_named(pid: int, name: str) -> list[int]:
     """Children of a process that have this name; those that end meanwhile are left out."""
     found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    for child in children(pid):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{child}/comm").read_text().strip() == name:
-                found.append(int(child))
+                found.append(child)
     return found
+
+
+def zygote_of(pid: int) -> int:
+    """The zygote of a daemon; 0 when it has none just now."""
+    for child in children(pid):
+        with contextlib.suppress(OSError):
+            if b"pctr_shim.zygote" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    return 0
 
 
 class Zygote:
@@ -94,6 +104,14 @@ class Zygote:
     def expect(self) -> None:
         """Say that a shim will be asked for."""
         self._socket.send(json.dumps({"op": "expect", "serial": 0}).encode())
+
+    def ask_and_go(self, operation: str, **fields: Any) -> int:
+        """A request, and our end is closed before it is read, as when a daemon is killed; the zygote's exit status."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        self._socket.send(json.dumps({"op": operation, "serial": 1, **fields}).encode())
+        self._socket.close()
+        os.kill(self.process.pid, signal.SIGCONT)
+        return self.process.wait(PATIENCE)
 
     def close(self) -> int:
         """Close our end; the zygote's exit status."""
@@ -374,12 +392,7 @@ async def laboratory(kind: str, zygote: Zygote | None) -> AsyncIterator[Lab]:
 
 def workers(pid: int) -> list[int]:
     """The workers of a shim: one while it works, none while it rests."""
-    found = []
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            if Path(f"/proc/{child}/comm").read_text().strip() == "pctr-worker":
-                found.append(int(child))
-    return found
+    return children_named(pid, "pctr-worker")
 
 
 async def rested(shim: Shim) -> None:

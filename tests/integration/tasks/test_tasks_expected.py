@@ -26,9 +26,14 @@ def zygote(daemon: DaemonProcess) -> int:
     """Pid of the zygote; waits until it serves."""
     assert daemon.process is not None
     pid = daemon.process.pid
-    wait_until(lambda: bool(children_named(pid, "pctr-zygote")), "the zygote runs", TIMEOUT)
-    (found,) = children_named(pid, "pctr-zygote")
-    return found
+    found: list[int] = []
+
+    def serves() -> bool:
+        found[:] = children_named(pid, "pctr-zygote")
+        return len(found) == 1
+
+    wait_until(serves, "the zygote runs", TIMEOUT)
+    return found[0]
 
 
 def spares(daemon: DaemonProcess) -> list[int]:

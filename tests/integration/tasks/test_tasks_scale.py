@@ -21,6 +21,7 @@ from supervisord_ctr.api.services.tasks.v1 import tasks_pb2
 from supervisord_ctr.api.types.task import task_pb2
 from tests.integration.tasks_support import TIMEOUT, Client, shim_family, shim_pid
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
+from tests.support.shim import zygote_of
 
 TASKS = int(os.environ.get("PCTR_TEST_TASKS", "10"))
 EXECS = int(os.environ.get("PCTR_TEST_EXECS", "60"))
@@ -48,12 +49,6 @@ def descriptors(*pids: int) -> int:
     return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
 
-def zygote_pid(daemon: DaemonProcess) -> int:
-    assert daemon.process is not None
-    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if b"pctr_shim.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes())
-
-
 def at_once(count: int, many: int, call: Callable[[int], object]) -> None:
     """The calls 0 to `many` - 1, `count` at a time; the first failure is raised."""
     with ThreadPoolExecutor(count) as pool:
@@ -63,7 +58,7 @@ def at_once(count: int, many: int, call: Callable[[int], object]) -> None:
 def test_p13_p17_tasks_at_once_end_as_they_should_and_shims_stay_small(daemon: DaemonProcess, client: Client) -> None:
     client.finish(client.run("true"))
     assert daemon.process is not None
-    watched = (daemon.process.pid, zygote_pid(daemon))
+    watched = (daemon.process.pid, zygote_of(daemon.process.pid))
     before = [descriptors(pid) for pid in watched]
     names = [
         client.container(["sh", "-c", f"trap 'exit {number % 250 + 1}' TERM; echo up; while :; do sleep 1; done"])

@@ -273,3 +273,24 @@ def test_a_process_can_change_what_ps_shows_of_it() -> None:
             assert whole.rstrip(b"x\0") == b"a title\0-with\0flags"
             assert Path(f"/proc/{process.pid}/comm").read_text() == "a-name-that-is-\n"
             process.stdin.close()
+
+
+def test_children_are_found_while_others_come_and_go() -> None:
+    code = (
+        "import os, sys\n"
+        "stay = [os.fork() or (sys.stdin.read(), os._exit(0)) for _ in range(20)]\n"
+        "print(*stay, flush=True)\n"
+        "while True:\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: os._exit(0)\n"
+        "    os.waitpid(pid, 0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        try:
+            assert parent.stdout is not None
+            stay = {int(word) for word in parent.stdout.readline().split()}
+            for _ in range(20):
+                assert stay <= set(processes.children(parent.pid))
+        finally:
+            parent.kill()
+    assert processes.children(parent.pid) == []
