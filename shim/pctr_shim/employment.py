@@ -7,10 +7,12 @@ changes with the zygote.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import json
 import logging
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ FORKED = faults.declare("shim.fork.after-listen", "the shim's socket listens; th
 
 _PACKET = 65536
 #: Where a request for a shim has its name, within so many bytes.
-_FORK_SHIM, _EXPECT, _HEAD = b'"fork-shim"', b'"expect"', 32
+_FORK_SHIM, _FORK_PAUSE, _EXPECT, _HEAD = b'"fork-shim"', b'"fork-pause"', b'"expect"', 32
 
 Reply = dict[str, Any]
 
@@ -55,7 +57,10 @@ class Employment:
         """Returns when all is done; then the process shall end."""
         self.loop.renew()
         if self.post is None and not wants_shim(self.packet):
-            send_reply(self.daemon, *answered(self.packet, _operate))
+            serial, reply = answered(self.packet, _operate)
+            if not send_reply(self.daemon, serial, reply) and self.packet.find(_FORK_PAUSE, 0, _HEAD) >= 0:
+                with contextlib.suppress(KeyError, ProcessLookupError):
+                    os.kill(reply["pid"], signal.SIGKILL)
             return
         if self.post is None:
             os.setsid()
@@ -89,11 +94,15 @@ class Employment:
             made.append((request, _listen(request)))
             return reply
 
-        send_reply(self.daemon, *answered(packet, begin))
+        known = send_reply(self.daemon, *answered(packet, begin))
         self.daemon.close()
         if not made:
             return
         request, listener = made[0]
+        if not known:
+            # The next daemon may have looked for shims that nobody knows of already.
+            os.unlink(request["socket"])
+            return
         config = _configure(request, pid)
         _redirect(str(request.get("log", "")))
         if post is not None:
@@ -259,12 +268,14 @@ def answered(packet: bytes, operation: Callable[[Reply], Reply]) -> tuple[int, R
         return serial, failure(errors.Internal(f"{type(error).__name__}: {error}"))
 
 
-def send_reply(daemon: socket.socket, serial: int, reply: Reply) -> None:
-    """Send a reply; a daemon that is gone does not need it."""
+def send_reply(daemon: socket.socket, serial: int, reply: Reply) -> bool:
+    """Send a reply; False when the daemon is gone, so that nobody knows of what was made for it."""
     try:
         daemon.send(json.dumps({"serial": serial, **reply}).encode())
     except ConnectionError:
-        log.debug("the daemon is gone")
+        log.warning("the daemon is gone, which asked for %s", reply.get("address", "something"))
+        return False
+    return True
 
 
 def failure(error: errors.Error) -> Reply:

@@ -9,7 +9,7 @@ import os
 import signal
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +24,9 @@ from supervisord_ctr.api.shim.v1 import shim_pb2
 from supervisord_ctr.api.types import types_pb2
 from supervisord_ctr.api.types.task import task_pb2 as types
 from supervisord_ctr.linux import cgroups, mounts
+from supervisord_ctr.linux.processes import children, set_child_subreaper
 from supervisord_ctr.ttrpc.client import connect_until
-from tests.support.shim import PATIENCE, Lab, Zygote, laboratory
+from tests.support.shim import PATIENCE, Lab, Zygote, children_named, laboratory
 
 PRIVATE = "pctr.shim.v1.Shim"
 
@@ -340,10 +341,7 @@ async def test_a_pause_process_is_stripped(zygote: Zygote) -> None:
             ["/usr/bin/nsenter", "-t", str(pid), "-p", "--", "/bin/sh", "-c", "sleep 0.2 & exit 0"], check=True
         )
 
-        def children() -> str:
-            return Path(f"/proc/{pid}/task/{pid}/children").read_text()
-
-        await wait_until(lambda: children() == "", PATIENCE, "the orphan to be reaped")
+        await wait_until(lambda: not children(pid), PATIENCE, "the orphan to be reaped")
     finally:
         os.kill(pid, signal.SIGTERM)
     await wait_until(lambda: not _runs(pid), PATIENCE, "the pause process to end")
@@ -355,6 +353,49 @@ async def test_a_zygote_answers_nonsense_with_errors(zygote: Zygote) -> None:
     reply = zygote.ask("fork-shim", namespace="n", id="c", bundle="/no/such/bundle", socket="/no/such/socket")
     assert reply["error"]["code"] == errors.Code.NOT_FOUND
     assert zygote.ask("ping")["pid"] == zygote.process.pid
+
+
+@pytest.fixture
+def orphans() -> Iterator[Callable[[], list[int]]]:
+    """Asks for the children that we have got since; those that ended are reaped. They come to us and not to init."""
+    before = set(children(os.getpid()))
+    set_child_subreaper()
+
+    def found() -> list[int]:
+        new = set(children(os.getpid())) - before
+        return sorted(pid for pid in new if os.waitpid(pid, os.WNOHANG) == (0, 0))
+
+    yield found
+    set_child_subreaper(False)
+    for pid in found():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+@pytest.mark.parametrize("rest", [0.0, 60.0])
+async def test_p5_a_shim_that_its_daemon_did_not_live_to_hear_of_ends(
+    rest: float, spare: bool, tmp_path: Path, orphans: Callable[[], list[int]],
+) -> None:
+    """The next daemon looks once for shims that nobody knows of, and may have looked before this one was made."""
+    zygote = Zygote(rest=rest)
+    zygote.ask("ping")
+    if spare:
+        zygote.expect()
+        await wait_until(lambda: bool(children_named(zygote.process.pid, "pctr-spare")), PATIENCE, "a spare shim")
+    path = tmp_path / "shim.sock"
+    assert zygote.ask_and_go("fork-shim", namespace="n", id="c", bundle=str(tmp_path), socket=str(path)) == 0
+    await wait_until(lambda: not orphans(), PATIENCE, "the shim to end")
+    assert not path.exists()
+
+
+async def test_p5_a_pause_process_that_its_daemon_did_not_live_to_hear_of_ends(
+    orphans: Callable[[], list[int]],
+) -> None:
+    zygote = Zygote()
+    zygote.ask("ping")
+    assert zygote.ask_and_go("fork-pause", hostname="pod") == 0
+    await wait_until(lambda: not orphans(), PATIENCE, "the pause process to end")
 
 
 def _runs(pid: int) -> bool:
