@@ -184,6 +184,12 @@ class RestartMonitor:
         await self._tasks.create(
             namespace, container.id, rootfs=None, stdout=where, stderr="" if terminal else where, terminal=terminal
         )
+        try:
+            await self._database.containers.get(namespace, container.id)
+        except NotFound:
+            # Removed by its client before there was a task to see; nobody else would take this one away.
+            await self._end(namespace, container.id)
+            return
         await self._tasks.start(namespace, container.id)
 
     async def _end(self, namespace: str, container: str) -> None:

@@ -21,6 +21,7 @@ from supervisord_ctr.api.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from supervisord_ctr.api.types.task import task_pb2
 from supervisord_ctr.oci.spec import PROCESS_TYPE_URL, TYPE_URL, SpecBuilder
 from tests.support.daemon import DaemonProcess, wait_until
+from tests.support.places import SHORT
 from tests.support.shim import workers
 
 #: Served by our own shim, and by Debian's.
@@ -34,7 +35,7 @@ _APPLETS = ("sh", "true", "false", "sleep", "echo", "cat", "id", "ls", "ps", "he
 
 def busybox_root() -> Path:
     """A root file system with busybox, for the caller to remove."""
-    root = Path(tempfile.mkdtemp(prefix="pctr-fs-", dir="/tmp"))
+    root = Path(tempfile.mkdtemp(prefix="pctr-fs-", dir=SHORT))
     root.chmod(0o755)
     for folder in ("bin", "dev", "etc", "proc", "run", "sys", "tmp"):
         (root / folder).mkdir()
@@ -51,7 +52,7 @@ class Client:
         self.daemon = daemon
         self.root = root
         self.runtime = runtime
-        self.output = Path(tempfile.mkdtemp(prefix="pctr-out-", dir="/tmp"))
+        self.output = Path(tempfile.mkdtemp(prefix="pctr-out-", dir=SHORT))
         self.made: set[str] = set()
         self.connect()
 

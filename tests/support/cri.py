@@ -29,6 +29,7 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.api.cri.v1.cri_pb2_grpc import ImageServiceStub, RuntimeServiceStub
 from tests.support.daemon import DaemonProcess, mounts_below, wait_until
 from tests.support.images import OCI_INDEX, BuiltImage
+from tests.support.places import SHORT
 
 BUSYBOX = "/bin/busybox"
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home:/bin/sh\n"
@@ -342,7 +343,7 @@ def running_cri(
     settings: str = "", environment: dict[str, str] | None = None, extra: str = "", cni: str = ""
 ) -> Iterator[Cri]:
     """A daemon that serves CRI, with registry and network; all gone after the block, with a check for leaks."""
-    base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir=SHORT))
     # Users of a mapped namespace pass through it to their root file systems.
     os.chmod(base, 0o711)
     registry, network = Registry(), Network(base)

@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.empty_pb2 import Empty
+
+from supervisord_ctr.api.services.version.v1.version_pb2_grpc import VersionStub
+from tests.support.places import SHORT
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 60.0
@@ -131,12 +135,16 @@ class DaemonProcess:
                 return False
             with grpc.insecure_channel(f"unix:{self.address}") as channel:
                 try:
-                    grpc.channel_ready_future(channel).result(timeout=2)
-                except grpc.FutureTimeoutError:
+                    VersionStub(channel).Version(Empty(), timeout=2)
+                except grpc.RpcError:
                     return False
             return True
 
-        wait_until(answers, f"daemon ready\n{self.log_tail()}", START_TIMEOUT)
+        try:
+            wait_until(answers, "daemon ready", START_TIMEOUT)
+        except AssertionError as error:
+            error.add_note(self.log_tail())
+            raise
 
     def log_tail(self, size: int = 6000) -> str:
         """The end of the daemon's log."""
@@ -207,7 +215,7 @@ def running_daemon(config: str = "", environment: dict[str, str] | None = None, 
 
     The folder is directly below /tmp: socket paths may hold 107 bytes only.
     """
-    base = Path(tempfile.mkdtemp(prefix="pctr-t-", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="pctr-t-", dir=SHORT))
     base.chmod(0o711)  # users of user namespaces pass to their root file systems
     daemon = DaemonProcess(base, config, environment)
     try:

@@ -19,6 +19,7 @@ from pctr.rpc import VERSION, Client
 from supervisord_ctr.errors import Error
 from tests.support import images
 from tests.support.daemon import mounts_below, processes_naming, running_daemon, wait_until
+from tests.support.places import SHORT
 
 TIMEOUT = 150
 
@@ -97,7 +98,7 @@ def _answers(address: Path) -> bool:
 @contextlib.contextmanager
 def running_containerd() -> Iterator[Target]:
     """Debian's containerd with the overlayfs snapshotter."""
-    base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="pctr-c-", dir=SHORT))
     base.chmod(0o711)  # users of user namespaces pass to their root file systems
     address = base / "c.sock"
     (base / "config.toml").write_text(

@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.cri import Cri, Network, Registry, running_cri
 from tests.support.daemon import DaemonProcess, wait_until
+from tests.support.places import SHORT
 
 OURS = "supervisord-ctr"
 CONTAINERD = "containerd"
@@ -71,7 +72,7 @@ class ContainerdProcess(DaemonProcess):
 
 @contextlib.contextmanager
 def _running_containerd() -> Iterator[Cri]:
-    base = Path(tempfile.mkdtemp(prefix="pctr-p-", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="pctr-p-", dir=SHORT))
     registry, network = Registry(), Network(base)
     pause = registry.add("test/pause:1", {"Entrypoint": ["/bin/sleep", "1000000"]})
     daemon = ContainerdProcess(base, _CONTAINERD_SETTINGS.format(base=base, pause=pause, network=network.folder))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.support.daemon import wait_until
 from tests.support.images import OCI_INDEX, BuiltImage, digest_of
+from tests.support.places import SHORT
 
 _CONFIG = """
 version: 0.1
@@ -85,7 +86,7 @@ def running_registry() -> Iterator[RunningRegistry]:
     """A started registry, stopped and removed at the end."""
     program = shutil.which("docker-registry")
     assert program, "docker-registry is not installed (apt-get install docker-registry)"
-    folder = Path(tempfile.mkdtemp(prefix="pctr-registry-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="pctr-registry-", dir=SHORT))
     process: subprocess.Popen[bytes] | None = None
     try:
         for _ in range(5):

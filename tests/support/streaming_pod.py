@@ -29,6 +29,7 @@ from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.api.cri.v1 import cri_pb2_grpc
 from supervisord_ctr.linux import namespaces
 from tests.support.daemon import DaemonProcess, running_daemon, wait_until
+from tests.support.places import SHORT
 
 T = TypeVar("T")
 
@@ -221,7 +222,7 @@ def pod_config(base: Path) -> str:
 @contextlib.contextmanager
 def running_pod() -> Iterator[Pod]:
     """A daemon with a pod; both are gone afterwards, and nothing is left behind."""
-    with tempfile.TemporaryDirectory(prefix="pctr-s-", dir="/tmp") as folder, one_image_registry() as registry:
+    with tempfile.TemporaryDirectory(prefix="pctr-s-", dir=SHORT) as folder, one_image_registry() as registry:
         base = Path(folder)
         os.mkdir(base / "logs")
         with running_daemon(pod_config(base)) as daemon:

@@ -24,6 +24,7 @@ from supervisord_ctr.api.types.task import task_pb2
 from tests.integration.tasks_support import FOREIGN, OWN, TIMEOUT, Client, Watch, shim_family, shim_pid
 from tests.support import player
 from tests.support.daemon import DaemonProcess, wait_until
+from tests.support.places import SHORT
 
 
 @pytest.fixture(params=[OWN, FOREIGN], ids=["own", "runc-v2"])
@@ -270,7 +271,7 @@ def test_a_task_is_restored_from_a_checkpoint_that_is_content(daemon: DaemonProc
 
 
 def test_p1_a_shim_does_not_hold_the_pipe_that_the_daemon_logs_to(root: Path) -> None:
-    daemon = DaemonProcess(Path(tempfile.mkdtemp(prefix="pctr-t-", dir="/tmp")))
+    daemon = DaemonProcess(Path(tempfile.mkdtemp(prefix="pctr-t-", dir=SHORT)))
     read = threading.Event()
     try:
         with subprocess.Popen(daemon.command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -14,6 +14,7 @@ from supervisord_ctr import errors
 from supervisord_ctr.aio import wait_until
 from supervisord_ctr.model import Runtime, Sandbox, TypedValue
 from supervisord_ctr.runtime.sandboxes import NOT_READY, READY
+from tests.support.places import SHORT
 from tests.unit.runtime.fakes import NAMESPACE, Machine
 
 POD = Sandbox("pod", Runtime("io.containerd.runc.v2"), TypedValue("spec", b"{}"))
@@ -21,7 +22,7 @@ POD = Sandbox("pod", Runtime("io.containerd.runc.v2"), TypedValue("spec", b"{}")
 
 @pytest.fixture
 async def machine() -> AsyncIterator[Machine]:
-    folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="rt-", dir=SHORT))
     made = Machine(folder)
     await made.start()
     yield made

@@ -20,13 +20,14 @@ from supervisord_ctr.runtime import RuntimeConfig
 from supervisord_ctr.runtime.bundle import Bundle
 from supervisord_ctr.runtime.spec import SANDBOX_ANNOTATION, read_spec
 from supervisord_ctr.runtime.zygote import Remains
+from tests.support.places import SHORT
 from tests.unit.runtime.fakes import NAMESPACE, FakeShim, Machine
 
 
 @pytest.fixture
 async def machine() -> AsyncIterator[Machine]:
     # Directly below /tmp: socket paths may hold 107 bytes only.
-    folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="rt-", dir=SHORT))
     made = Machine(folder)
     await made.start()
     yield made

@@ -176,3 +176,19 @@ async def test_a_failure_is_tried_again_at_the_next_look(subject: Subject, monke
         patch.setattr(subject.tasks, "create", fail)
         assert await subject.look() == []
     assert "start c" in await subject.look()
+
+
+async def test_p5_a_container_that_is_removed_while_its_task_is_made_leaves_no_task(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await subject.container("c", {STATUS: "running"})
+    create = subject.tasks.create
+
+    async def remove_meanwhile(namespace: str, container_id: str, **options: Any) -> int:
+        made = await create(namespace, container_id, **options)
+        await subject.containers.delete("ns", "c")
+        return made
+
+    monkeypatch.setattr(subject.tasks, "create", remove_meanwhile)
+    assert (await subject.look())[1:] == ["kill c", "delete c"], "and it never ran"
+    assert subject.tasks.states == {}
