@@ -397,6 +397,20 @@ def runtime_options(args: Any) -> light.Any_ | None:
     return light.Any_(type_url=RUNC_OPTIONS_URL, value=options.SerializeToString())
 
 
+def _check_systemd_cgroup(args: Any) -> None:
+    """runc's own words on a cgroup that systemd cannot make tell nobody which option it comes from."""
+    if args.runc_systemd_cgroup and not args.config and (args.cgroup or "").count(":") != 2:
+        raise UsageError("--runc-systemd-cgroup needs --cgroup SLICE:PREFIX:NAME, such as system.slice:pctr:web")
+
+
+def _have_default_apparmor_profile(name: str) -> None:
+    """The default profile has a known text: it is loaded for whoever names it, as pods have it loaded for them."""
+    from supervisord_ctr.oci import apparmor
+
+    if name == apparmor.DEFAULT_PROFILE and apparmor.enabled():
+        apparmor.default_profile()
+
+
 def container_labels(args: Any, image: ImageConfig | None) -> dict[str, str]:
     """The image's labels but reserved ones, its stop signal, and those of the command line."""
     labels: dict[str, str] = {}
@@ -463,6 +477,7 @@ def create_container(context: Context, reference: str, container: str, command: 
     without an owner.
     """
     args, client = context.args, context.client
+    _check_systemd_cgroup(args)
     container = container or new_id()
     image, rootfs, snapshotter = None, "", ""
     if args.rootfs:
@@ -473,6 +488,8 @@ def create_container(context: Context, reference: str, container: str, command: 
         image = load_config(client, found, args.platform or "")
         name, snapshotter = found.name, context.snapshotter
     builder = build_spec(args, context.namespace, container, image, command, rootfs)
+    if args.apparmor_profile:
+        _have_default_apparmor_profile(args.apparmor_profile)
     if args.volumes and image is not None:
         builder.with_mounts(anonymous_mounts(image.runtime.get("Volumes") or {}))
     user = args.user if args.user is not None else (image.runtime.get("User") or "" if image is not None else "")

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pctr.create import _have_default_apparmor_profile
 
 from supervisord_ctr import errors
 from supervisord_ctr.oci import apparmor
@@ -38,6 +39,13 @@ def test_the_default_profile_is_loaded_when_first_asked_for(kernel: Path) -> Non
         assert apparmor.default_profile() == "cri-containerd.apparmor.d"
     assert (kernel / "calls").read_text() == "-Kr\n"
     assert (kernel / "text").read_text() == apparmor.profile_text("cri-containerd.apparmor.d")
+
+
+def test_a_container_made_by_hand_that_names_it_has_it_loaded_too(kernel: Path) -> None:
+    _have_default_apparmor_profile("local one")
+    assert not (kernel / "calls").exists()
+    _have_default_apparmor_profile(apparmor.DEFAULT_PROFILE)
+    assert apparmor.DEFAULT_PROFILE in apparmor.loaded()
 
 
 def test_a_default_profile_of_the_administrator_is_kept(kernel: Path) -> None:

@@ -127,6 +127,7 @@ def test_options_that_there_are_not(name: str, capsys: pytest.CaptureFixture[str
     "run --config {file} busybox x", "run --env-file {file} busybox x", "run --memory lots busybox x",
     "run --cpus 0 busybox x", "run -v here busybox x", "run --rlimit nofile=many busybox x", "run --sysctl a busybox x",
     "run --uidmap 0:1 busybox x", "run --with-ns net busybox x", "run --label =a busybox x", "run --rm -d busybox x",
+    "run --runc-systemd-cgroup busybox x", "run --runc-systemd-cgroup --cgroup /a/b busybox x",
     "run busybox --rm", "run", "run -t --null-io busybox x", "task exec x", "task exec x --", "task exec x -- -a",
     "task kill -s NOPE x", "task update x", "image prune", "image convert busybox other", "content prune",
     "pod logs --since yesterday x", "completion tcsh", "image nope", "nope", "--nope image ls",
