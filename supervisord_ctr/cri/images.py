@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from supervisord_ctr import errors
 from supervisord_ctr.api.cri.v1 import cri_pb2 as pb
 from supervisord_ctr.cri import ids
-from supervisord_ctr.cri.core import Core
+from supervisord_ctr.cri.core import Core, all_of
 from supervisord_ctr.cri.image_store import ImageRecord
 from supervisord_ctr.images import reference
 from supervisord_ctr.model import Image
@@ -111,15 +111,17 @@ async def _add_names(
 ) -> None:
     """The image's ID and its name by digest lead to it too, beside the name it was pulled by."""
     by_digest = f"{parsed.domain}/{parsed.path}@{image.target.digest}"
-    for name in (record.id, by_digest):
-        if name == image.name:
-            continue
+
+    async def add(name: str) -> None:
         wanted = Image(name, image.target, labels)
         try:
             await core.database.images.create(CRI_NAMESPACE, wanted)
         except errors.AlreadyExists:
             await core.database.images.update(CRI_NAMESPACE, wanted, ["target"])
         await core.images.update(name)
+
+    # At once: the database writes both to disk together.
+    await all_of(*(add(name) for name in (record.id, by_digest) if name != image.name))
 
 
 async def remove_image(core: Core, text: str) -> None:

@@ -352,19 +352,20 @@ class _Pull:
         data = body if body is not None else await self._read(descriptor)
         document = documents.parse(data, descriptor.media_type, f"manifest {descriptor.digest}")
         children = documents.children(document)
-        await self._store(descriptor, data, {**documents.gc_labels(children), **self._source})
         self._tracker.children(descriptor, children)
-        if isinstance(document, documents.Index):
-            chosen = self._choose(descriptor, document)
-            others = [child for child in document.manifests if child not in chosen]
-            async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group:
+            # Stored while what it names is fetched: the lease keeps both until the image names them.
+            group.create_task(self._store(descriptor, data, {**documents.gc_labels(children), **self._source}))
+            if isinstance(document, documents.Index):
+                chosen = self._choose(descriptor, document)
                 for child in chosen:
                     group.create_task(self._document(child, None, wanted=wanted, depth=depth + 1))
                 if self._request.all_metadata:
-                    for child in others:
-                        group.create_task(self._document(child, None, wanted=False, depth=depth + 1))
-        else:
-            await self._image(document, descriptor.platform, wanted=wanted)
+                    for child in document.manifests:
+                        if child not in chosen:
+                            group.create_task(self._document(child, None, wanted=False, depth=depth + 1))
+            else:
+                group.create_task(self._image(document, descriptor.platform, wanted=wanted))
 
     async def _read(self, descriptor: Descriptor) -> bytes:
         try:
