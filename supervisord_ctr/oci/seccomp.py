@@ -144,7 +144,8 @@ def runs_x32(machine: int = _EM_X86_64) -> bool:
 
     Asked with execve(2) of a program whose interpreter does not exist. The kernel looks at a file's class and
     machine first and fails with ENOEXEC when it cannot run them; only then it looks for the interpreter, which
-    fails with ENOENT. Either way nothing has been replaced yet, and nothing runs.
+    fails with ENOENT. Either way nothing has been replaced yet, and nothing runs: also no handler of binfmt_misc,
+    which cannot be given a file that closes on exec.
     """
     if (known := _runs.get(machine)) is not None:
         return known
