@@ -127,7 +127,6 @@ def test_options_that_there_are_not(name: str, capsys: pytest.CaptureFixture[str
     "run --config {file} busybox x", "run --env-file {file} busybox x", "run --memory lots busybox x",
     "run --cpus 0 busybox x", "run -v here busybox x", "run --rlimit nofile=many busybox x", "run --sysctl a busybox x",
     "run --uidmap 0:1 busybox x", "run --with-ns net busybox x", "run --label =a busybox x", "run --rm -d busybox x",
-    "run --runc-systemd-cgroup busybox x", "run --runc-systemd-cgroup --cgroup /a/b busybox x",
     "run busybox --rm", "run", "run -t --null-io busybox x", "task exec x", "task exec x --", "task exec x -- -a",
     "task kill -s NOPE x", "task update x", "image prune", "image convert busybox other", "content prune",
     "pod logs --since yesterday x", "completion tcsh", "image nope", "nope", "--nope image ls",
@@ -149,3 +148,18 @@ def test_files_that_cannot_be_read_are_named(option: str, tmp_path: Path, capsys
     missing = tmp_path / "missing"
     assert run(["oci", "spec", "--rootfs", option, str(missing), str(tmp_path), "x"]) == 1
     assert _one_line(capsys.readouterr().err) == f"pctr: {missing}: no such file or directory\n"
+
+
+@pytest.mark.parametrize("cgroup", ["", "--cgroup /a/b", "--cgroup system.slice"])
+def test_a_cgroup_that_systemd_cannot_make_is_refused_before_anybody_is_asked(
+    cgroup: str, own_world: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = f"run --runc-systemd-cgroup {cgroup} busybox x".split()
+    assert run(["--address", str(own_world / "nobody.sock"), *words]) == 2
+    assert "--runc-systemd-cgroup needs --cgroup SLICE:PREFIX:NAME" in _one_line(capsys.readouterr().err)
+
+
+def test_a_cgroup_for_systemd_is_taken(own_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "run --runc-systemd-cgroup --cgroup system.slice:pctr:x busybox x".split()
+    assert run(["--address", str(own_world / "nobody.sock"), *words]) == 1
+    assert "no daemon answers" in _one_line(capsys.readouterr().err)
