@@ -11,7 +11,7 @@ import sys
 
 from pctr.command import Command, Context, Failed, UsageError, global_options
 from pctr.commands import find, load
-from pctr.options import SUPPRESS, Arguments, Options
+from pctr.options import SUPPRESS, Options, Parsed
 
 # Stated, not imported: the typing module takes as long to load as all of pctr.
 TYPE_CHECKING = False
@@ -40,12 +40,12 @@ def select(group: str, words: list[str]) -> tuple[Command, list[str]] | None:
     return None
 
 
-def _parse_quickly(before: list[str], group: str, words: list[str]) -> Arguments | None:
+def _parse_quickly(before: list[str], group: str, words: list[str]) -> Parsed | None:
     selected = select(group, words)
     if selected is None:
         return None
     command, words = selected
-    args = Arguments(command=command)
+    args = Parsed(command=command)
     top = Options()
     global_options(top, default=None)
     options = Options()

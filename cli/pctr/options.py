@@ -19,7 +19,7 @@ SUPPRESS = "==SUPPRESS=="
 _ACTIONS = ("store", "store_true", "store_false", "store_const", "append")
 
 
-class Arguments:
+class Parsed:
     """What a command line said, as attributes (types.SimpleNamespace would load the types module)."""
 
     def __init__(self, **values: Any) -> None:
@@ -77,7 +77,7 @@ class Options:
         """Defaults beside the arguments are left to argparse."""
         self._simple = False
 
-    def parse(self, words: list[str], namespace: Arguments) -> bool:
+    def parse(self, words: list[str], namespace: Parsed) -> bool:
         """Fill `namespace`; False when argparse has to look at it."""
         if not self._simple:
             return False
@@ -94,7 +94,7 @@ class Options:
         except ValueError:
             return False
 
-    def _read_options(self, words: list[str], namespace: Arguments, given: set[int]) -> list[str] | None:
+    def _read_options(self, words: list[str], namespace: Parsed, given: set[int]) -> list[str] | None:
         positionals: list[str] = []
         open_ended = bool(self._positionals) and self._positionals[-1].nargs == REMAINDER
         at = 0
@@ -144,13 +144,13 @@ class Options:
         return name, None, word[2:]
 
     @staticmethod
-    def _store(option: _Option, value: Any, namespace: Arguments) -> None:
+    def _store(option: _Option, value: Any, namespace: Parsed) -> None:
         if option.action == "append":
             getattr(namespace, option.destination).append(value)
         else:
             setattr(namespace, option.destination, value)
 
-    def _assign(self, words: list[str], namespace: Arguments) -> bool:
+    def _assign(self, words: list[str], namespace: Parsed) -> bool:
         """Give the words to the positionals: single ones first, one that takes many at the end."""
         rest = list(words)
         for number, option in enumerate(self._positionals):
