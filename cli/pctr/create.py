@@ -89,7 +89,8 @@ def create_options(parser: Arguments) -> None:
     add("--runtime", metavar="NAME", default=DEFAULT_RUNTIME, help=f"runtime (default: {DEFAULT_RUNTIME})")
     add("--runc-binary", metavar="PATH", help="OCI runtime behind the shim, such as crun")
     add("--runc-root", metavar="DIR", help="state folder of the OCI runtime")
-    add("--runc-systemd-cgroup", action="store_true", help="make cgroups through systemd")
+    add("--runc-systemd-cgroup", action="store_true",
+        help="make cgroups through systemd; needs --cgroup SLICE:PREFIX:NAME")
     add("--config", metavar="FILE", help="spec to use instead of building one; the image gives the root only")
     snapshotter_option(parser)
 
