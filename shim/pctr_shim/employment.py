@@ -101,7 +101,8 @@ class Employment:
         request, listener = made[0]
         if not known:
             # The next daemon may have looked for shims that nobody knows of already.
-            os.unlink(request["socket"])
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(request["socket"])
             return
         config = _configure(request, pid)
         _redirect(str(request.get("log", "")))
