@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pctr.create import _have_default_apparmor_profile
+from pctr.__main__ import run
 
 from supervisord_ctr import errors
 from supervisord_ctr.oci import apparmor
@@ -42,9 +42,14 @@ def test_the_default_profile_is_loaded_when_first_asked_for(kernel: Path) -> Non
 
 
 def test_a_container_made_by_hand_that_names_it_has_it_loaded_too(kernel: Path) -> None:
-    _have_default_apparmor_profile("local one")
+    def make(profile: str) -> None:
+        """As far as it goes without a daemon."""
+        words = ["container", "create", "--rootfs", "--apparmor-profile", profile, str(kernel), "x"]
+        assert run(["--address", str(kernel / "nobody.sock"), *words]) == 1
+
+    make("local one")
     assert not (kernel / "calls").exists()
-    _have_default_apparmor_profile(apparmor.DEFAULT_PROFILE)
+    make(apparmor.DEFAULT_PROFILE)
     assert apparmor.DEFAULT_PROFILE in apparmor.loaded()
 
 
