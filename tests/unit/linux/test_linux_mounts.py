@@ -220,7 +220,8 @@ def test_each_file_system_is_asked_for_itself_and_nothing_stays_mounted(
             raise OSError(errno.EINVAL, "cannot be id-mapped")
         return syscall(number, *arguments, **rest)  # type: ignore[arg-type]
 
-    supported = mounts.supports_idmap(folder)
+    if not mounts.supports_idmap(folder):
+        pytest.skip("this kernel has no id-mapped mounts")
     other = folder / "other"
     other.mkdir()
     mounts.mount_all([Mount("tmpfs", "tmpfs")], other)
@@ -229,6 +230,6 @@ def test_each_file_system_is_asked_for_itself_and_nothing_stays_mounted(
     monkeypatch.setattr(mounts, "_idmap_supported", {})
     for _ in range(2):
         assert not mounts.supports_idmap(other)
-        assert mounts.supports_idmap(folder) == supported
+        assert mounts.supports_idmap(folder)
     assert asked == [other.stat().st_dev, folder.stat().st_dev], "once for each"
     assert mounts.mounts_below(folder) == before
